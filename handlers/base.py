@@ -1,0 +1,45 @@
+"""What every handler shares: JSON in and out, and who is asking."""
+
+from typing import Any
+
+import msgspec
+import tornado.web
+
+from server.observe import event
+
+
+class JsonHandler(tornado.web.RequestHandler):
+    """Answers with JSON, whatever happens."""
+
+    def set_default_headers(self) -> None:
+        """No header tells more than needed."""
+        self.clear_header("Server")
+
+    def answer(self, body: Any, status: int = 200) -> None:
+        """Finish with ``body`` as JSON (bytes are JSON already)."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.finish(body if isinstance(body, bytes) else msgspec.json.encode(body))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """An error that nobody handled: the status and its words, nothing of the fault."""
+        self.set_header("Content-Type", "application/json")
+        self.finish(msgspec.json.encode({"error": {"code": status_code, "message": self._reason}}))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """A fault of ours is logged once, with its trace; a refused request is not a fault."""
+        if not isinstance(value, tornado.web.HTTPError):
+            event("http.failed", path=self.request.path, fault=value)
+
+
+class PageHandler(tornado.web.StaticFileHandler):
+    """Pages and scripts, with headers that keep foreign content out."""
+
+    def set_extra_headers(self, path: str) -> None:
+        """Only what this server serves is run; no other site frames it."""
+        self.set_header(
+            "Content-Security-Policy", "default-src 'self'; connect-src 'self' ws: wss:; frame-ancestors 'none'"
+        )
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.set_header("Cache-Control", "no-cache")

@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Waterspout's command line: read the settings, wire the parts, listen, sweep once a second, drain on SIGTERM.
+
+    run.py [--host ADDRESS] [--port PORT] [--config FILE]    run the server
+    run.py check [--config FILE]                             say what is wrong with the settings, or print them
+    run.py token --user ID [--channel NAME] [--ttl SECONDS]  sign a token with client.token.hmac_secret_key
+
+Only here is it chosen what stands behind a seam.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tornado.httpclient
+import tornado.httpserver
+import tornado.netutil
+
+from handlers import make_app, make_sockets
+from handlers.socket import Sockets
+from server import auth
+from server.broker.memory import MemoryBroker
+from server.errors import SHUTDOWN, Unavailable
+from server.history import History
+from server.history.memory import MemoryHistory
+from server.history.sqlite import SqliteHistory
+from server.jwks import Keys
+from server.node import Node
+from server.observe import configure, event
+from server.presence.memory import MemoryPresence
+from server.session import Gate
+from server.settings import HttpServerSettings, Settings, SettingsError, load, without_secrets
+
+SWEEP_S = 1.0
+BACKLOG = 4096
+JWKS_BYTES = 1024 * 1024
+FETCH_TIMEOUT_S = 4.0
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    flags: dict[str, Any] = {}
+    if arguments.host is not None:
+        flags.setdefault("http_server", {})["address"] = arguments.host
+    if arguments.port is not None:
+        flags.setdefault("http_server", {})["port"] = arguments.port
+    try:
+        settings = load(config=arguments.config, environ=os.environ, flags=flags)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.command == "check":
+        print(json.dumps(without_secrets(settings), indent=2))
+        return 0
+    if arguments.command == "token":
+        return _print_token(settings, arguments)
+    return _serve(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="Waterspout, a realtime server.")
+    shared = argparse.ArgumentParser(add_help=False)
+    for one in (parser, shared):
+        default = None if one is parser else argparse.SUPPRESS
+        one.add_argument("--config", type=Path, metavar="FILE", default=default, help="settings: TOML, YAML or JSON")
+        one.add_argument("--host", metavar="ADDRESS", default=default, help="address to listen on (http_server.address)")
+        one.add_argument("--port", type=int, default=default, help="TCP port to listen on (http_server.port)")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
+    commands.add_parser(
+        "check", parents=[shared], help="say every fault of the settings, or print those in force without secrets"
+    )
+    token = commands.add_parser("token", parents=[shared], help="print a token signed with client.token.hmac_secret_key")
+    token.add_argument("--user", required=True, help="the user id (claim sub)")
+    token.add_argument("--channel", default="", help="make it a subscription token for this channel")
+    token.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is good (default 3600)")
+    return parser
+
+
+def _print_token(settings: Settings, arguments: argparse.Namespace) -> int:
+    tokens = settings.client.token
+    name = "client.token.hmac_secret_key"
+    if arguments.channel and settings.client.subscription_token.enabled:
+        tokens, name = settings.client.subscription_token, "client.subscription_token.hmac_secret_key"
+    if not tokens.hmac_secret_key:
+        print(f"{name} is not set, so there is nothing to sign a token with; use --config", file=sys.stderr)
+        return 2
+    now = int(time.time())
+    claims: dict[str, Any] = {tokens.user_id_claim or "sub": arguments.user, "exp": now + arguments.ttl, "iat": now}
+    if arguments.channel:
+        claims["channel"] = arguments.channel
+    if tokens.audience:
+        claims["aud"] = tokens.audience
+    if tokens.issuer:
+        claims["iss"] = tokens.issuer
+    print(auth.sign(tokens.hmac_secret_key, claims))
+    return 0
+
+
+def _serve(settings: Settings) -> int:
+    configure(settings.log.level, settings.log.format)
+    try:
+        asyncio.run(_run(settings))
+    except (Unavailable, OSError, ssl.SSLError) as error:
+        event("server.failed", why=error)
+        return 1
+    return 0
+
+
+# --- wiring ------------------------------------------------------------------
+def make_history(settings: Settings) -> History:
+    """What stands behind the history seam."""
+    idempotency_ttl_ms = int(settings.channel.idempotency_ttl * 1000)
+    if settings.sqlite.path == ":memory:":
+        return MemoryHistory(idempotency_ttl_ms=idempotency_ttl_ms)
+    return SqliteHistory(settings.sqlite.path, idempotency_ttl_ms=idempotency_ttl_ms)
+
+
+def make_node(settings: Settings) -> Node:
+    """One process with the parts that the settings choose."""
+    return Node(
+        history=make_history(settings),
+        broker=MemoryBroker(),
+        presence=MemoryPresence(settings.presence.lease),
+        settings=settings,
+        clock=time.time,
+        name=f"{socket.gethostname()}_{settings.http_server.port}",
+    )
+
+
+def make_gate(settings: Settings) -> Gate:
+    """Who checks tokens."""
+    keys = Keys(_fetch, time.monotonic)
+    skip = settings.client.insecure_skip_token_signature_verify
+
+    def verifier(tokens: Any) -> auth.Verifier:
+        return auth.Verifier(tokens, skip_signature=skip, find_key=keys.find)
+
+    separate = settings.client.subscription_token
+    return Gate(
+        verifier(settings.client.token), verifier(separate if separate.enabled else settings.client.token), keys
+    )
+
+
+async def _fetch(url: str) -> bytes:
+    client = tornado.httpclient.AsyncHTTPClient(force_instance=True, defaults={}, max_body_size=JWKS_BYTES)
+    try:
+        response = await client.fetch(url, request_timeout=FETCH_TIMEOUT_S, connect_timeout=FETCH_TIMEOUT_S)
+        return response.body
+    finally:
+        client.close()
+
+
+def make_tls(settings: HttpServerSettings) -> ssl.SSLContext | None:
+    """The TLS context, ``None`` if TLS is off; raises ``ssl.SSLError`` and ``OSError``."""
+    if not settings.tls.enabled:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for name, text in (("cert", settings.tls.cert_pem), ("key", settings.tls.key_pem)):
+            if "-----BEGIN" in text:
+                path = os.path.join(folder, name)
+                with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+                    file.write(text)
+                text = path
+            files.append(text)
+        context.load_cert_chain(*files)
+    return context
+
+
+# --- life --------------------------------------------------------------------
+async def _run(settings: Settings) -> None:
+    node = make_node(settings)
+    gate = make_gate(settings)
+    tls = make_tls(settings.http_server)
+    listening = tornado.netutil.bind_sockets(
+        settings.http_server.port, settings.http_server.address, backlog=BACKLOG
+    )
+    await node.open()
+    clients = make_sockets(node, gate)
+    server = tornado.httpserver.HTTPServer(make_app(node, clients), ssl_options=tls)
+    server.add_sockets(listening)
+    host, port = listening[0].getsockname()[:2]
+    address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/"
+    if not settings.configured:
+        names = [namespace.name for namespace in settings.channel.namespaces]
+        event("server.open", namespaces=",".join(names))
+    event("server.started", address=address)
+    print(f"Waterspout is listening on {address}", flush=True)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    sweeper = asyncio.create_task(sweep_for_ever(node, clients))
+    await stop.wait()
+    event("server.stopping", connections=len(node.sessions))
+    server.stop()
+    try:
+        async with asyncio.timeout(settings.shutdown.timeout):
+            await send_away(node, clients)
+    except TimeoutError:
+        logging.getLogger("waterspout").debug("some clients did not leave in time")
+    sweeper.cancel()
+    await gate.keys.close()
+    await node.close()
+    await server.close_all_connections()
+    event("server.stopped")
+
+
+async def send_away(node: Node, clients: Sockets) -> None:
+    """End every connection with 3001, and wait until the goodbyes are said."""
+    for session in list(node.sessions.values()):
+        session.disconnect(SHUTDOWN)
+    while clients.closing:
+        clients.check_stalled(asyncio.get_running_loop().time())
+        await asyncio.sleep(0.02)
+
+
+async def sweep_for_ever(node: Node, clients: Sockets) -> None:
+    """Call the once-a-second work; a fault in it is logged, and the next second comes."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        try:
+            node.sweep(node.clock())
+            clients.check_stalled(loop.time())
+        except Exception as fault:
+            event("sweep.failed", fault=fault)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

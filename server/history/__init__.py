@@ -1,0 +1,167 @@
+"""History: the seam that numbers publications and keeps them.  The truth.
+
+What every kind promises (``tests/contract/test_history.py`` holds each to it):
+
+* A publication is durable before ``append`` returns, and its offset has no hole
+  before it.  Offsets of a channel are 1, 2, 3 ... under one epoch, whoever
+  appends.
+* ``on_commit`` is called on the event loop for each commit of this process, in
+  order, *before* the ``append`` calls that it answers return; also when nobody
+  waits for them any more.
+* A read is never older than a commit or an announcement already heard of.
+* An idempotency key is unique in its channel for ``idempotency_ttl``; the second
+  use gets the first one's position.  The same key twice in one gathering waits
+  for the first's outcome.  Trimming and ``remove`` erase payloads; keys and
+  offsets stay.
+* A new epoch comes only from destruction: the meta TTL, ``new_epochs``.  Reading
+  writes nothing: a channel nobody published to has the position ``Position(0, "")``.
+* Nothing here blocks the event loop, and cancelling a waiter cancels no commit.
+
+A kind translates its driver's exceptions: ``errors.Unavailable`` when it cannot
+answer (for ``append``: the outcome is unknown), ``errors.Refused`` with
+``TOO_MANY_REQUESTS`` when a channel's queue is full.
+"""
+
+import secrets
+import string
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from server.stream import ClientInfo, Page, Position, Publication
+from server.stream import Retention as Retention
+
+PAGE_PUBLICATIONS = 100
+PAGE_BYTES = 128 * 1024
+COMMIT_PUBLICATIONS = 100
+COMMIT_BYTES = 256 * 1024
+QUEUE_PUBLICATIONS = 2_000
+QUEUE_BYTES = 8 * 1024 * 1024
+IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
+
+EPOCH_ALPHABET = string.ascii_letters + string.digits
+
+
+def random_epoch() -> str:
+    """A new epoch: 8 letters and digits that nobody can have seen before."""
+    return "".join(secrets.choice(EPOCH_ALPHABET) for _ in range(8))
+
+
+def floor_at(retention: Retention, floor: int, top: int, now_ms: int, time_of: Callable[[int], int]) -> int:
+    """The highest offset that is gone at ``now_ms``: erased already (``floor``), beyond the size, or too old.
+
+    ``time_of`` gives the ``time_ms`` of any publication above ``floor`` up to
+    ``top``.  Times of a channel never go backwards, so the expired ones are a
+    prefix: it is asked once as a rule, and some log2 times when the sweep is
+    behind.
+    """
+    if retention.size >= 0:
+        floor = max(floor, top - retention.size)
+    expired_ms = now_ms - retention.ttl_ms
+    if retention.ttl_ms < 0 or floor >= top or time_of(floor + 1) > expired_ms:
+        return floor
+    return floor + bisect_right(range(floor + 1, top + 1), expired_ms, key=time_of)
+
+
+def forgets(retention: Retention, used_ms: int, now_ms: int) -> bool:
+    """Does an empty channel, last committed to at ``used_ms``, forget its epoch and top at ``now_ms``?"""
+    return 0 <= retention.meta_ttl_ms <= now_ms - used_ms
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """A publication before it has a number.
+
+    ``key`` is the idempotency key, ``""`` for none.
+    """
+
+    data: bytes
+    info: ClientInfo | None = None
+    tags: dict[str, str] | None = None
+    key: str = ""
+
+
+class Appended(msgspec.Struct, frozen=True):
+    """Where a draft stands now; ``repeated`` if its key had been used before and nothing was stored."""
+
+    position: Position
+    repeated: bool = False
+
+
+OnCommit = Callable[[str, str, Sequence[Publication]], None]
+"""Called with channel, epoch, and the publications of one commit, ascending."""
+
+RetentionOf = Callable[[str], Retention | None]
+"""Gives a channel's retention by its name, ``None`` if it is no kept channel (any more)."""
+
+
+def ignore_commits(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+    """The ``on_commit`` of a history that nobody listens to."""
+
+
+class History(ABC):
+    """The contract; see the module's docstring for the promises.
+
+    Times are Unix milliseconds and always come from the caller.
+    """
+
+    on_commit: OnCommit = staticmethod(ignore_commits)
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Make ready; raises ``errors.Unavailable`` in operator's words if that cannot be."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish the commits under way and let go of everything."""
+
+    @abstractmethod
+    async def append(self, channel: str, draft: Draft, retention: Retention, now_ms: int) -> Appended:
+        """Number ``draft`` and store it; returns once it is durable.
+
+        Raises ``errors.Unavailable`` (outcome unknown) and ``errors.Refused``
+        (111, the channel's queue is full; nothing was stored).
+        """
+
+    @abstractmethod
+    async def read(
+        self,
+        channel: str,
+        retention: Retention,
+        now_ms: int,
+        *,
+        since: int | None = None,
+        limit: int = PAGE_PUBLICATIONS,
+        max_bytes: int = PAGE_BYTES,
+        reverse: bool = False,
+    ) -> Page:
+        """Read up to ``limit`` publications (-1: no limit) and about ``max_bytes`` after ``since``.
+
+        ``since=None`` starts at the oldest kept one; ``limit=0`` reads only the
+        position and the floor.  At least one publication is returned if there is
+        one, however heavy.  With ``reverse`` they descend, from below ``since``
+        or from the top.  What ``retention`` calls gone at ``now_ms`` is gone,
+        whether the sweep came by or not: ``floor`` says so.
+
+        Raises ``errors.Unavailable``.
+        """
+
+    @abstractmethod
+    async def tops(self, channels: Iterable[str]) -> dict[str, Position]:
+        """The newest position of each channel, in one query; unknown ones are left out."""
+
+    @abstractmethod
+    async def remove(self, channel: str) -> None:
+        """Forget the payloads of a channel; its top, epoch and keys stay (PROTOCOL 11.1)."""
+
+    @abstractmethod
+    async def sweep(self, retention_of: RetentionOf, now_ms: int) -> None:
+        """Erase for good what retention calls gone, expired keys, and channels past their meta TTL.
+
+        Does a bounded amount of work a call; call it once a second.
+        """
+
+    @abstractmethod
+    async def new_epochs(self) -> int:
+        """Start every channel on a new epoch (after a restore from backup); returns how many there were."""

@@ -1,0 +1,113 @@
+"""What the server tells its operators: the table of log events, and how they are written.
+
+An event has a name in the past tense and fields; its weight is fixed here, and
+the README prints the table.  Payloads and tokens are never logged.  Imports
+nothing of ours.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Any, Literal
+
+DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
+
+EVENTS: dict[str, tuple[int, str]] = {
+    "server.started": (INFO, "listening; `address`"),
+    "server.open": (WARNING, "nothing is configured, everybody on this machine may do everything; `namespaces`"),
+    "server.stopping": (INFO, "a signal came, clients are being sent away; `connections`"),
+    "server.stopped": (INFO, "all is closed"),
+    "server.failed": (ERROR, "could not start; `why`"),
+    "sweep.failed": (ERROR, "the once-a-second work raised; with its trace"),
+    "connection.opened": (DEBUG, "a transport was opened; `client`, `transport`, `address`"),
+    "connection.accepted": (INFO, "connect succeeded; `client`, `user`, `transport`, `address`"),
+    "connection.closed": (INFO, "a connection ended; `client`, `user`, and `code`, `reason`, `why` if we ended it"),
+    "connection.refused": (WARNING, "a handshake was refused; `why` names the setting, `address`"),
+    "command.refused": (INFO, "a command got an error; `client`, `method`, `code`, `why` names the setting"),
+    "command.failed": (ERROR, "a command met a fault of ours; `client`, `method`, with its trace"),
+    "subscription.recovered": (DEBUG, "a subscription caught up; `client`, `channel`, `since`, `top`"),
+    "subscription.unrecoverable": (INFO, "its position is gone; `client`, `channel`, `since`, `top`, `floor`"),
+    "subscription.lost": (WARNING, "history was trimmed under a subscription; `client`, `channel`"),
+    "channel.repaired": (INFO, "a hole was filled from history; `channel`, `offset`, `top`"),
+    "channel.repair_failed": (WARNING, "history could not be read, will be tried again; `channel`, `why`"),
+    "history.unavailable": (WARNING, "history cannot answer; `why`"),
+    "broker.unavailable": (WARNING, "the broker cannot answer; `why`"),
+    "presence.unavailable": (WARNING, "presence cannot answer; `why`"),
+    "task.failed": (ERROR, "background work raised; `task`, with its trace"),
+    "api.refused": (WARNING, "the back-end API was called without its key; `address`, `why`"),
+    "http.failed": (ERROR, "a request met a fault of ours; `path`, with its trace"),
+    "log.unstructured": (WARNING, "a library spoke; `logger`, `message`"),
+}
+
+_logger = logging.getLogger("waterspout")
+
+
+def event(name: str, /, *, fault: BaseException | None = None, **fields: Any) -> None:
+    """Log one event of the table with its fields; ``fault`` adds the trace."""
+    weight = EVENTS[name][0]
+    if _logger.isEnabledFor(weight):
+        _logger.log(weight, name, extra={"fields": fields}, exc_info=fault)
+
+
+class TextFormatter(logging.Formatter):
+    """One line an event: time, weight, name, ``field=value`` …; a trace follows on its own lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter.format``."""
+        name, fields = _parts(record)
+        words = [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), record.levelname.lower(), name]
+        words += [f"{key}={_quoted(value)}" for key, value in fields.items()]
+        line = " ".join(words)
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``time`` (Unix s), ``level``, ``event``, the fields, and ``trace`` if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter.format``."""
+        name, fields = _parts(record)
+        entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "event": name, **fields}
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def _parts(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    fields = getattr(record, "fields", None)
+    if fields is not None:
+        return record.getMessage(), fields
+    if record.name == "waterspout" or record.name.startswith("waterspout."):
+        return record.getMessage(), {}
+    return "log.unstructured", {"logger": record.name, "message": record.getMessage()}
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text) if not text or any(c in ' "=\n\r\t' or not c.isprintable() for c in text) else text
+
+
+def configure(level: str, format: Literal["text", "json"]) -> None:
+    """Write the process's log to standard error from ``level`` (``debug``, ``info``, ``warn``, ``error`` …) up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    _logger.setLevel(_WEIGHTS[level])
+    logging.getLogger("tornado.access").setLevel(logging.ERROR)
+
+
+_WEIGHTS = {
+    "trace": DEBUG,
+    "debug": DEBUG,
+    "info": INFO,
+    "warn": WARNING,
+    "warning": WARNING,
+    "error": ERROR,
+    "fatal": logging.CRITICAL,
+    "none": logging.CRITICAL + 1,
+}

@@ -1,0 +1,723 @@
+"""The promises of ``server.history``, asked of every kind.
+
+A kind joins by a line in ``KINDS``: how to open one on a place (a directory, in
+which the same history is found again), and what it can.
+"""
+
+import asyncio
+import itertools
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.errors import TOO_MANY_REQUESTS, Refused
+from server.history import IDEMPOTENCY_TTL_MS, QUEUE_PUBLICATIONS, Appended, Draft, History
+from server.history.memory import Log, MemoryHistory
+from server.history.sqlite import SqliteHistory
+from server.stream import ClientInfo, Page, Position, Publication, Retention
+
+NOW = 1_800_000_000_000
+FOREVER = Retention(-1, -1, -1)
+
+
+@asynccontextmanager
+async def memory(place: Path, *, idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS) -> AsyncIterator[History]:
+    """A history that is gone when it is closed, whatever the place."""
+    history = MemoryHistory(idempotency_ttl_ms=idempotency_ttl_ms)
+    await history.open()
+    yield history
+    await history.close()
+
+
+@asynccontextmanager
+async def sqlite(place: Path, *, idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS) -> AsyncIterator[History]:
+    """A history in a file in ``place``."""
+    history = SqliteHistory(place / "history.db", idempotency_ttl_ms=idempotency_ttl_ms)
+    await history.open()
+    try:
+        yield history
+    finally:
+        await history.close()
+
+
+class Kind(NamedTuple):
+    """A kind under test: ``survives`` a restart; has ``queues`` that can be full."""
+
+    name: str
+    opened: Callable[..., AbstractAsyncContextManager[History]]
+    survives: bool
+    queues: bool
+
+
+KINDS = [
+    Kind("memory", memory, survives=False, queues=False),
+    Kind("sqlite", sqlite, survives=True, queues=True),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_surviving_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.survives], ids=lambda kind: kind.name
+)
+every_queueing_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.queues], ids=lambda kind: kind.name
+)
+
+
+async def say(history: History, channel: str, *texts: str, at_ms: int = NOW, retention: Retention = FOREVER) -> None:
+    """Append some texts, one after another."""
+    for text in texts:
+        await history.append(channel, Draft(text.encode()), retention, at_ms)
+
+
+def offsets(page: Page) -> list[int]:
+    """The numbers on a page."""
+    return [publication.offset for publication in page.publications]
+
+
+def texts(page: Page) -> list[str]:
+    """What the publications of a page say."""
+    return [publication.data.decode() for publication in page.publications]
+
+
+# --- numbering ------------------------------------------------------------------
+
+
+@every_kind
+async def test_concurrent_appends_are_numbered_without_hole_or_repeat(kind: Kind, tmp_path: Path) -> None:
+    """100 appenders over 5 channels: 1, 2, 3 ... each, told to on_commit in order and before append returns."""
+    heard: dict[str, list[Publication]] = defaultdict(list)
+    epochs: dict[str, set[str]] = defaultdict(set)
+
+    def listen(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+        heard[channel] += publications
+        epochs[channel].add(epoch)
+
+    async def appender(number: int) -> list[tuple[str, int]]:
+        mine = []
+        for turn in range(20):
+            channel = f"channel {(number + turn) % 5}"
+            text = f"{number}.{turn}"
+            appended = await history.append(channel, Draft(text.encode()), FOREVER, NOW)
+            assert heard[channel][appended.position.offset - 1].data == text.encode()
+            page = await history.read(channel, FOREVER, NOW, limit=0)
+            assert page.top.offset >= appended.position.offset
+            mine.append((channel, appended.position.offset))
+        return mine
+
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = listen
+        given_out = list(itertools.chain(*await asyncio.gather(*(appender(number) for number in range(100)))))
+        assert len(given_out) == len(set(given_out)) == 2000
+        for channel in (f"channel {n}" for n in range(5)):
+            page = await history.read(channel, FOREVER, NOW, limit=-1, max_bytes=10_000_000)
+            assert offsets(page) == list(range(1, 401))
+            assert list(page.publications) == heard[channel]
+            assert epochs[channel] == {page.top.epoch}
+        assert len({min(names) for names in epochs.values()}) == 5
+
+
+@every_kind
+async def test_a_channel_nobody_published_to_has_no_epoch_and_reading_makes_none(kind: Kind, tmp_path: Path) -> None:
+    """Reading writes nothing: the position stays Position(0, "") and the channel unknown."""
+    async with kind.opened(tmp_path) as history:
+        for _ in range(2):
+            assert await history.read("quiet", FOREVER, NOW) == Page((), Position(0, ""), 0)
+        await history.remove("quiet")
+        await history.sweep(lambda channel: FOREVER, NOW)
+        assert await history.tops(["quiet"]) == {}
+        assert await history.new_epochs() == 0
+
+
+@every_kind
+async def test_the_epoch_is_eight_letters_and_digits_and_stays(kind: Kind, tmp_path: Path) -> None:
+    """The first commit makes the epoch, every later position has the same."""
+    async with kind.opened(tmp_path) as history:
+        first = await history.append("a", Draft(b""), FOREVER, NOW)
+        second = await history.append("a", Draft(b""), FOREVER, NOW)
+        epoch = first.position.epoch
+        assert len(epoch) == 8
+        assert epoch.isascii()
+        assert epoch.isalnum()
+        assert (first, second) == (Appended(Position(1, epoch)), Appended(Position(2, epoch)))
+
+
+@every_kind
+async def test_times_of_a_channel_never_go_backwards(kind: Kind, tmp_path: Path) -> None:
+    """A clock that is set back gives the time of the one before, so that the expired ones are a prefix."""
+    async with kind.opened(tmp_path) as history:
+        for now_ms in (NOW, NOW - 5_000, NOW + 1, NOW - 1):
+            await say(history, "a", "x", at_ms=now_ms)
+        page = await history.read("a", FOREVER, NOW)
+        assert [publication.time_ms - NOW for publication in page.publications] == [0, 0, 1, 1]
+
+
+@every_kind
+async def test_info_tags_and_any_bytes_survive(kind: Kind, tmp_path: Path) -> None:
+    """What was published is read back exactly, and told to on_commit exactly."""
+    info = ClientInfo("user", "client", conn_info=b'{"name":"\xc3\x85sa"}', chan_info=bytes(range(256)))
+    drafts = [
+        Draft(bytes(range(256)), info, {"k": "v", "å": "ß"}),
+        Draft(b"", ClientInfo("", ""), {}),
+        Draft(b'{"a":1.0}', None, None),
+    ]
+    heard: list[Publication] = []
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(publications)
+        for draft in drafts:
+            await history.append("ünï:códe", draft, FOREVER, NOW)
+        page = await history.read("ünï:códe", FOREVER, NOW)
+        assert [(each.data, each.info, each.tags) for each in page.publications] == [
+            (each.data, each.info, each.tags) for each in drafts
+        ]
+        assert list(page.publications) == heard
+        assert [each.time_ms for each in heard] == [NOW, NOW, NOW]
+
+
+@every_kind
+async def test_tops_knows_the_known(kind: Kind, tmp_path: Path) -> None:
+    """One query gives the tops of many channels and leaves unknown ones out."""
+    async with kind.opened(tmp_path) as history:
+        names = [f"channel '{n}" for n in range(600)]
+        positions = await asyncio.gather(*(history.append(name, Draft(b""), FOREVER, NOW) for name in names))
+        await say(history, names[7], "again")
+        tops = await history.tops([*names, "unknown"])
+        expected = {name: appended.position for name, appended in zip(names, positions, strict=True)}
+        expected[names[7]] = Position(2, expected[names[7]].epoch)
+        assert tops == expected
+        assert await history.tops([]) == {}
+
+
+# --- reading --------------------------------------------------------------------
+
+
+@every_kind
+async def test_pages_forward_and_backward_meet_everything_once(kind: Kind, tmp_path: Path) -> None:
+    """PROTOCOL 4.6: ``since`` is exclusive both ways, and pages join without a hole."""
+    async with kind.opened(tmp_path) as history:
+        await asyncio.gather(*(history.append("a", Draft(b"%d" % n), FOREVER, NOW) for n in range(250)))
+        forward: list[int] = []
+        since: int | None = None
+        while page := offsets(await history.read("a", FOREVER, NOW, since=since)):
+            assert len(page) <= 100
+            forward += page
+            since = page[-1]
+        assert forward == list(range(1, 251))
+        backward: list[int] = []
+        since = None
+        while page := offsets(await history.read("a", FOREVER, NOW, since=since, limit=70, reverse=True)):
+            assert len(page) <= 70
+            backward += page
+            since = page[-1]
+        assert backward == list(range(250, 0, -1))
+
+
+@every_kind
+async def test_limits_and_odd_positions(kind: Kind, tmp_path: Path) -> None:
+    """Limit 0 reads the position only, -1 all; a position beyond the top, or of 64 bits, is no fault."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2", "3", "4", "5")
+
+        async def read(since: int | None, limit: int, reverse: bool = False) -> list[int]:
+            page = await history.read("a", FOREVER, NOW, since=since, limit=limit, reverse=reverse)
+            assert page.top.offset == 5
+            assert page.floor == 0
+            return offsets(page)
+
+        huge = 2**64 - 1
+        assert await read(None, 0) == await read(None, 0, reverse=True) == []
+        assert await read(None, -1) == await read(0, -1) == await read(0, huge) == [1, 2, 3, 4, 5]
+        assert await read(3, -1) == [4, 5]
+        assert await read(3, 1) == [4]
+        assert await read(5, -1) == await read(6, -1) == await read(huge, -1) == []
+        assert await read(None, 2, reverse=True) == await read(huge, 2, reverse=True) == [5, 4]
+        assert await read(None, huge, reverse=True) == [5, 4, 3, 2, 1]
+        assert await read(3, -1, reverse=True) == [2, 1]
+        assert await read(3, 1, reverse=True) == [2]
+        assert await read(1, -1, reverse=True) == await read(0, -1, reverse=True) == []
+
+
+@every_kind
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+async def test_a_page_is_bounded_in_bytes_but_never_empty(kind: Kind, reverse: bool, tmp_path: Path) -> None:
+    """One publication heavier than the bound comes alone; else a page stops before the bound."""
+    sizes = {1: 10, 2: 10, 3: 300_000, 4: 10, 5: 10}
+    async with kind.opened(tmp_path) as history:
+        for size in sizes.values():
+            await history.append("a", Draft(bytes(size)), FOREVER, NOW)
+
+        async def pages(max_bytes: int) -> list[list[int]]:
+            seen: list[list[int]] = []
+            since: int | None = None
+            while True:
+                page = await history.read("a", FOREVER, NOW, since=since, max_bytes=max_bytes, reverse=reverse)
+                if not page.publications:
+                    return seen
+                seen.append(offsets(page))
+                since = seen[-1][-1]
+
+        order = [[5, 4], [3], [2, 1]] if reverse else [[1, 2], [3], [4, 5]]
+        assert await pages(1_000) == order
+        one_by_one = list(itertools.chain(*order))
+        assert await pages(0) == [[n] for n in one_by_one]
+        assert await pages(10_000_000) == [one_by_one]
+
+
+# --- retention --------------------------------------------------------------------
+
+
+@every_kind
+async def test_size_keeps_the_newest(kind: Kind, tmp_path: Path) -> None:
+    """Beyond ``size`` is gone at once, and the floor says so, without a sweep."""
+    five = Retention(5, -1, -1)
+    async with kind.opened(tmp_path) as history:
+        for n in range(1, 9):
+            await say(history, "a", str(n), retention=five)
+            page = await history.read("a", five, NOW)
+            assert offsets(page) == list(range(max(1, n - 4), n + 1))
+            assert (page.floor, page.top.offset) == (max(0, n - 5), n)
+        assert offsets(await history.read("a", five, NOW, since=1)) == [4, 5, 6, 7, 8]
+        assert offsets(await history.read("a", five, NOW, since=3, reverse=True)) == []
+        assert offsets(await history.read("a", five, NOW, since=5, reverse=True)) == [4]
+
+
+@every_kind
+async def test_ttl_keeps_each_publication_for_its_time(kind: Kind, tmp_path: Path) -> None:
+    """A publication is gone ``ttl_ms`` after it was said, whatever is said after it, without a sweep."""
+    second = Retention(-1, 1_000, -1)
+    async with kind.opened(tmp_path) as history:
+        for n in range(8):
+            await say(history, "a", str(n), at_ms=NOW + n * 100, retention=second)
+        for late_ms, floor in ((999, 0), (1_000, 1), (1_099, 1), (1_350, 4), (1_699, 7), (1_700, 8), (10**9, 8)):
+            page = await history.read("a", second, NOW + late_ms)
+            assert (offsets(page), page.floor) == (list(range(floor + 1, 9)), floor)
+            assert page.top.offset == 8
+
+
+@every_kind
+async def test_an_expired_beginning_longer_than_a_page_is_skipped(kind: Kind, tmp_path: Path) -> None:
+    """A read from the start finds what is kept, however much has expired and not been swept."""
+    second = Retention(-1, 1_000, -1)
+    async with kind.opened(tmp_path) as history:
+        await asyncio.gather(*(history.append("a", Draft(b""), FOREVER, NOW) for _ in range(350)))
+        await say(history, "a", "kept", at_ms=NOW + 500)
+        page = await history.read("a", second, NOW + 1_000, limit=10)
+        assert (texts(page), page.floor) == (["kept"], 350)
+
+
+@every_kind
+async def test_size_and_ttl_together_keep_what_both_keep(kind: Kind, tmp_path: Path) -> None:
+    """The floor is the higher one of the two."""
+    both = Retention(3, 1_000, -1)
+    async with kind.opened(tmp_path) as history:
+        for n in range(5):
+            await say(history, "a", str(n), at_ms=NOW + n * 100, retention=both)
+        assert (await history.read("a", both, NOW + 900)).floor == 2
+        assert (await history.read("a", both, NOW + 1_300)).floor == 4
+
+
+@every_kind
+async def test_the_sweep_makes_it_final(kind: Kind, tmp_path: Path) -> None:
+    """What was swept stays gone under a wider retention; what was not gone stays."""
+    narrow = Retention(2, -1, -1)
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2", "3", "4", retention=narrow)
+        await say(history, "b", "1", "2", "3", "4")
+        await history.sweep({"a": narrow, "b": FOREVER}.get, NOW)
+        page = await history.read("a", FOREVER, NOW)
+        assert (texts(page), page.floor, page.top.offset) == (["3", "4"], 2, 4)
+        assert len((await history.read("b", FOREVER, NOW)).publications) == 4
+        await say(history, "a", "5", retention=FOREVER)
+        assert texts(await history.read("a", FOREVER, NOW)) == ["3", "4", "5"]
+
+
+@every_kind
+async def test_a_channel_that_is_kept_no_more_is_left_alone(kind: Kind, tmp_path: Path) -> None:
+    """An option taken away by mistake costs nothing that was said."""
+    short = Retention(-1, 1, 1)
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2", retention=FOREVER)
+        await history.sweep(lambda channel: None, NOW + 10**9)
+        assert len((await history.read("a", FOREVER, NOW)).publications) == 2
+        await history.sweep(lambda channel: short, NOW + 10**9)
+        assert await history.tops(["a"]) == {}
+
+
+@every_kind
+async def test_many_channels_are_swept_in_bounded_rounds(kind: Kind, tmp_path: Path) -> None:
+    """However many channels there are, a few sweeps reach them all."""
+    ttl = Retention(-1, 1_000, 5_000)
+    async with kind.opened(tmp_path) as history:
+        names = [f"channel {n}" for n in range(1_500)]
+        await asyncio.gather(*(history.append(name, Draft(b""), ttl, NOW) for name in names))
+        for _ in range(10):
+            await history.sweep(lambda channel: ttl, NOW + 5_000)
+        assert await history.tops(names) == {}
+
+
+@every_kind
+async def test_remove_forgets_payloads_and_keeps_the_numbering(kind: Kind, tmp_path: Path) -> None:
+    """PROTOCOL 11.1: after remove the floor is the top, the epoch the same, and the next offset the next."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2", "3")
+        before = await history.read("a", FOREVER, NOW)
+        await history.remove("a")
+        after = await history.read("a", FOREVER, NOW)
+        assert after == Page([], before.top, 3)
+        await say(history, "a", "4")
+        page = await history.read("a", FOREVER, NOW, since=3)
+        assert (texts(page), page.floor, page.top) == (["4"], 3, Position(4, before.top.epoch))
+
+
+@every_kind
+async def test_an_empty_channel_forgets_its_epoch_after_the_meta_ttl(kind: Kind, tmp_path: Path) -> None:
+    """``meta_ttl_ms`` after the last commit, not before, an empty channel begins anew, keys gone; a full one never."""
+    fades = Retention(-1, 1_000, 5_000)
+    stays = Retention(-1, -1, 5_000)
+    retention_of = {"a": fades, "full": stays}.get
+    async with kind.opened(tmp_path) as history:
+        old = (await history.append("a", Draft(b"", key="k"), fades, NOW)).position
+        await say(history, "full", "x", retention=stays)
+        await history.sweep(retention_of, NOW + 4_999)
+        assert await history.tops(["a"]) == {"a": old}
+        await history.sweep(retention_of, NOW + 5_000)
+        assert await history.read("a", fades, NOW + 5_000) == Page((), Position(0, ""), 0)
+        again = await history.append("a", Draft(b"", key="k"), fades, NOW + 5_000)
+        assert not again.repeated
+        assert again.position.offset == 1
+        assert again.position.epoch != old.epoch
+        assert len((await history.read("full", stays, NOW + 5_000)).publications) == 1
+
+
+@every_kind
+async def test_new_epochs_begins_every_channel_anew(kind: Kind, tmp_path: Path) -> None:
+    """After a restore: another epoch for each, offset 0, payloads and keys gone, and their number returned."""
+    async with kind.opened(tmp_path) as history:
+        for name in ("a", "b", "c"):
+            await history.append(name, Draft(b"", key="k"), FOREVER, NOW)
+        before = await history.tops(["a", "b", "c"])
+        assert await history.new_epochs() == 3
+        after = await history.tops(["a", "b", "c"])
+        assert [position.offset for position in after.values()] == [0, 0, 0]
+        assert len({position.epoch for position in (*before.values(), *after.values())}) == 6
+        assert (await history.read("a", FOREVER, NOW)).publications == []
+        again = await history.append("a", Draft(b"", key="k"), FOREVER, NOW)
+        assert again == Appended(Position(1, after["a"].epoch))
+
+
+# --- idempotency ----------------------------------------------------------------------
+
+
+@every_kind
+async def test_a_repeated_key_publishes_once(kind: Kind, tmp_path: Path) -> None:
+    """The second use gets the first one's position and stores nothing; keys are a channel's own."""
+    heard: list[int] = []
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(each.offset for each in publications)
+        first = await history.append("a", Draft(b"1", key="k"), FOREVER, NOW)
+        await say(history, "a", "2")
+        second = await history.append("a", Draft(b"other", key="k"), FOREVER, NOW)
+        assert second == Appended(first.position, repeated=True)
+        assert not (await history.append("b", Draft(b"1", key="k"), FOREVER, NOW)).repeated
+        assert texts(await history.read("a", FOREVER, NOW)) == ["1", "2"]
+        assert heard == [1, 2, 1]
+
+
+@every_kind
+async def test_a_raced_key_publishes_once(kind: Kind, tmp_path: Path) -> None:
+    """PROTOCOL 11.8: of many at once with one key, exactly one is stored and all get its position."""
+    async with kind.opened(tmp_path) as history:
+        racers = [history.append("a", Draft(b"%d" % n, key=f"k{n % 3}"), FOREVER, NOW) for n in range(60)]
+        raced = await asyncio.gather(*racers, *(history.append("a", Draft(b"-"), FOREVER, NOW) for _ in range(10)))
+        for key in range(3):
+            same = raced[key:60:3]
+            assert {each.position for each in same} == {same[0].position}
+            assert sum(not each.repeated for each in same) == 1
+        assert (await history.read("a", FOREVER, NOW, limit=0)).top.offset == 13
+
+
+@every_kind
+async def test_a_key_outlives_its_payload(kind: Kind, tmp_path: Path) -> None:
+    """Trimming, sweeping and remove erase payloads; the key still answers with the first position."""
+    one = Retention(1, -1, -1)
+    async with kind.opened(tmp_path) as history:
+        first = await history.append("a", Draft(b"1", key="k"), one, NOW)
+        await say(history, "a", "2", "3", retention=one)
+        await history.sweep(lambda channel: one, NOW)
+        await history.remove("a")
+        await history.sweep(lambda channel: one, NOW)
+        again = await history.append("a", Draft(b"1", key="k"), one, NOW)
+        assert again == Appended(first.position, repeated=True)
+
+
+@every_kind
+@pytest.mark.parametrize("swept", [False, True], ids=["unswept", "swept"])
+async def test_a_key_expires(kind: Kind, swept: bool, tmp_path: Path) -> None:
+    """After ``idempotency_ttl_ms``, and not before, a key is new again, whether the sweep came by or not."""
+    async with kind.opened(tmp_path, idempotency_ttl_ms=1_000) as history:
+
+        async def append(late_ms: int) -> tuple[int, bool]:
+            if swept:
+                await history.sweep(lambda channel: FOREVER, NOW + late_ms)
+            appended = await history.append("a", Draft(b"", key="k"), FOREVER, NOW + late_ms)
+            return appended.position.offset, appended.repeated
+
+        seen = [await append(late_ms) for late_ms in (0, 999, 1_000, 1_999, 2_000)]
+        assert seen == [(1, False), (1, True), (2, False), (2, True), (3, False)]
+
+
+# --- waiting ----------------------------------------------------------------------------
+
+
+@every_kind
+async def test_cancelling_a_waiter_cancels_no_commit(kind: Kind, tmp_path: Path) -> None:
+    """Who gives up waiting has published all the same, and on_commit tells of it."""
+    heard: list[bytes] = []
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(each.data for each in publications)
+        impatient = asyncio.ensure_future(history.append("a", Draft(b"1"), FOREVER, NOW))
+        asyncio.get_running_loop().call_soon(impatient.cancel)  # runs right after its first step
+        patient = await asyncio.gather(history.append("a", Draft(b"2"), FOREVER, NOW))
+        assert impatient.done()
+        assert patient[0].position.offset == 2
+        assert heard == [b"1", b"2"]
+        assert texts(await history.read("a", FOREVER, NOW)) == ["1", "2"]
+
+
+@every_queueing_kind
+async def test_a_full_queue_refuses_with_111_and_stores_nothing(kind: Kind, tmp_path: Path) -> None:
+    """One channel's flood costs that channel alone, and what was refused is not there."""
+    async with kind.opened(tmp_path) as history:
+        flood = [history.append("a", Draft(b"%d" % n), FOREVER, NOW) for n in range(QUEUE_PUBLICATIONS + 5)]
+        *results, other = await asyncio.gather(
+            *flood, history.append("b", Draft(b""), FOREVER, NOW), return_exceptions=True
+        )
+        refused = [n for n, result in enumerate(results) if isinstance(result, Refused)]
+        assert refused == list(range(QUEUE_PUBLICATIONS, QUEUE_PUBLICATIONS + 5))
+        assert {result.refusal for result in results if isinstance(result, Refused)} == {TOO_MANY_REQUESTS}
+        assert isinstance(other, Appended)
+        assert (await history.append("a", Draft(b""), FOREVER, NOW)).position.offset == QUEUE_PUBLICATIONS + 1
+
+
+@every_kind
+async def test_close_finishes_the_commits_under_way(kind: Kind, tmp_path: Path) -> None:
+    """What was asked for before close is committed and answered."""
+    async with kind.opened(tmp_path) as history:
+        appends: list[Coroutine[Any, Any, Appended]] = [
+            history.append("a", Draft(b"%d" % n), FOREVER, NOW) for n in range(350)
+        ]
+        *appended, _ = await asyncio.gather(*appends, history.close())
+        assert [each.position.offset for each in appended if each is not None] == list(range(1, 351))
+
+
+@every_surviving_kind
+async def test_a_restart_loses_nothing(kind: Kind, tmp_path: Path) -> None:
+    """Publications, numbering, epoch, floor and keys are there after close and open."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2")
+        await history.remove("a")
+        keyed = await history.append("a", Draft(b"3", ClientInfo("u", "c"), {"t": "v"}, key="k"), FOREVER, NOW)
+        before = await history.read("a", FOREVER, NOW)
+    async with kind.opened(tmp_path) as history:
+        assert await history.read("a", FOREVER, NOW) == before
+        again = await history.append("a", Draft(b"3", key="k"), FOREVER, NOW)
+        assert again == Appended(keyed.position, repeated=True)
+        assert (await history.append("a", Draft(b"4"), FOREVER, NOW)).position == Position(4, before.top.epoch)
+
+
+async def test_two_memory_histories_share_a_log_and_hear_of_their_own_commits() -> None:
+    """Over one Log: one numbering, one set of keys, and on_commit for one's own commits only."""
+    log = Log()
+    left, right = MemoryHistory(log), MemoryHistory(log)
+    heard: dict[str, list[int]] = {"left": [], "right": []}
+    left.on_commit = lambda channel, epoch, publications: heard["left"].extend(each.offset for each in publications)
+    right.on_commit = lambda channel, epoch, publications: heard["right"].extend(each.offset for each in publications)
+    first = await left.append("a", Draft(b"1", key="k"), FOREVER, NOW)
+    await say(right, "a", "2", "3")
+    await say(left, "a", "4")
+    assert await right.append("a", Draft(b"", key="k"), FOREVER, NOW) == Appended(first.position, repeated=True)
+    assert heard == {"left": [1, 4], "right": [2, 3]}
+    assert await left.read("a", FOREVER, NOW) == await right.read("a", FOREVER, NOW)
+    assert await MemoryHistory().tops(["a"]) == {}
+
+
+# --- against a model ----------------------------------------------------------------------
+
+RETENTIONS = {"a": Retention(4, 100, 300), "b": Retention(-1, 60, 150), "c": Retention(3, -1, -1), "d": FOREVER}
+KEY_TTL_MS = 120
+
+
+class Life:
+    """A channel of the model, from one epoch to the next: plainly everything that was ever said in it."""
+
+    def __init__(self) -> None:
+        self.said: list[Publication] = []
+        self.removed = 0
+        self.keys: dict[str, tuple[int, int]] = {}
+        self.used_ms = 0
+
+    def kept(self, retention: Retention, now_ms: int) -> list[Publication]:
+        """What is neither removed, nor beyond the size, nor too old."""
+        kept = self.said[self.removed :]
+        if retention.size >= 0:
+            kept = kept[-retention.size :]
+        return [each for each in kept if retention.ttl_ms < 0 or each.time_ms + retention.ttl_ms > now_ms]
+
+
+class Model:
+    """The contract in its simplest words, against which each kind is held."""
+
+    def __init__(self) -> None:
+        self.lives: dict[str, Life] = {}
+        self.epochs: dict[Life, str] = {}
+
+    def append(self, channel: str, draft: Draft, now_ms: int) -> tuple[Life, int, bool]:
+        """Say ``draft``; gives the channel's life, the offset, and whether it was a repeat."""
+        life = self.lives.setdefault(channel, Life())
+        offset, expires_ms = life.keys.get(draft.key, (0, 0))
+        if draft.key and expires_ms > now_ms:
+            return life, offset, True
+        life.used_ms = max(life.used_ms, now_ms)
+        life.said.append(Publication(draft.data, len(life.said) + 1, life.used_ms))
+        if draft.key:
+            life.keys[draft.key] = len(life.said), now_ms + KEY_TTL_MS
+        return life, len(life.said), False
+
+    def sweep(self, now_ms: int) -> None:
+        """Drop expired keys, and channels past their meta TTL."""
+        for channel, life in list(self.lives.items()):
+            retention = RETENTIONS[channel]
+            life.keys = {key: value for key, value in life.keys.items() if value[1] > now_ms}
+            forgets = 0 <= retention.meta_ttl_ms <= now_ms - life.used_ms
+            if forgets and not life.kept(retention, now_ms):
+                del self.lives[channel]
+
+    def new_epochs(self) -> int:
+        """Begin all lives anew; gives their number."""
+        for channel, life in self.lives.items():
+            self.lives[channel] = Life()
+            self.lives[channel].used_ms = life.used_ms
+        return len(self.lives)
+
+    def agree_on_epoch(self, life: Life, epoch: str) -> None:
+        """An epoch is one life's, and a life has one epoch."""
+        assert self.epochs.setdefault(life, epoch) == epoch
+        assert list(self.epochs.values()).count(epoch) == 1
+
+
+CHANNELS = st.sampled_from("abcd")
+KEYS = st.sampled_from(["", "", "k", "l"])
+STEPS = st.one_of(
+    st.tuples(st.just("append"), st.lists(st.tuples(CHANNELS, KEYS, st.integers(0, 80)), min_size=1, max_size=6)),
+    st.tuples(st.just("pass"), st.integers(0, 130)),
+    st.tuples(
+        st.just("read"),
+        st.tuples(
+            CHANNELS,
+            st.none() | st.integers(0, 12),
+            st.integers(-1, 5),
+            st.sampled_from([0, 200, 100_000]),
+            st.booleans(),
+        ),
+    ),
+    st.tuples(st.just("remove"), CHANNELS),
+    st.tuples(st.sampled_from(["sweep", "restart", "new_epochs"]), st.none()),
+)
+
+
+async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None:
+    """Do ``steps`` to a history and to the model, and look at everything after each."""
+    model = Model()
+    now_ms = NOW
+    serial = itertools.count()
+    heard: dict[str, list[Publication]] = defaultdict(list)
+    expected: dict[str, list[Publication]] = defaultdict(list)
+    opened = kind.opened(place, idempotency_ttl_ms=KEY_TTL_MS)
+    history = await opened.__aenter__()
+
+    def listen(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+        heard[channel] += publications
+
+    async def look(channel: str) -> None:
+        page = await history.read(channel, RETENTIONS[channel], now_ms, limit=-1)
+        life = model.lives.get(channel)
+        if life is None:
+            assert page == Page((), Position(0, ""), 0)
+            return
+        kept = life.kept(RETENTIONS[channel], now_ms)
+        assert list(page.publications) == kept
+        assert page.top.offset == len(life.said)
+        assert page.floor == len(life.said) - len(kept)
+        model.agree_on_epoch(life, page.top.epoch)
+
+    try:
+        history.on_commit = listen
+        for what, argument in steps:
+            if what == "append":
+                # The clock of an append may be behind by the few ms given.
+                drafts = [(channel, Draft(b"%d" % next(serial), key=key), behind) for channel, key, behind in argument]
+                behind_ms = max(behind for _, _, behind in drafts)
+                appends = [
+                    history.append(channel, draft, RETENTIONS[channel], now_ms - behind_ms)
+                    for channel, draft, _ in drafts
+                ]
+                results = await asyncio.gather(*appends)
+                for (channel, draft, _), appended in zip(drafts, results, strict=True):
+                    life, offset, repeated = model.append(channel, draft, now_ms - behind_ms)
+                    assert (appended.position.offset, appended.repeated) == (offset, repeated)
+                    model.agree_on_epoch(life, appended.position.epoch)
+                    if not repeated:
+                        expected[channel].append(life.said[-1])
+                assert heard == expected
+            elif what == "pass":
+                now_ms += argument
+            elif what == "read":
+                channel, since, limit, max_bytes, reverse = argument
+                page = await history.read(
+                    channel, RETENTIONS[channel], now_ms, since=since, limit=limit, max_bytes=max_bytes, reverse=reverse
+                )
+                known = model.lives.get(channel, Life())
+                wanted = known.kept(RETENTIONS[channel], now_ms)
+                if since is not None:
+                    wanted = [each for each in wanted if (each.offset < since if reverse else each.offset > since)]
+                wanted = wanted[::-1] if reverse else wanted
+                wanted = wanted if limit < 0 else wanted[:limit]
+                weights = list(itertools.accumulate(each.weight for each in wanted))
+                fitting = [each for each, weight in zip(wanted, weights, strict=True) if weight <= max_bytes]
+                assert list(page.publications) == (fitting or wanted[:1])
+            elif what == "remove":
+                await history.remove(argument)
+                if (life_removed := model.lives.get(argument)) is not None:
+                    life_removed.removed = len(life_removed.said)
+            elif what == "sweep":
+                await history.sweep(RETENTIONS.get, now_ms)
+                model.sweep(now_ms)
+            elif what == "new_epochs":
+                assert await history.new_epochs() == model.new_epochs()
+            elif what == "restart" and kind.survives:
+                await opened.__aexit__(None, None, None)
+                opened = kind.opened(place, idempotency_ttl_ms=KEY_TTL_MS)
+                history = await opened.__aenter__()
+                history.on_commit = listen
+            for channel in RETENTIONS:
+                await look(channel)
+            tops = await history.tops(RETENTIONS)
+            assert {channel: top.offset for channel, top in tops.items()} == {
+                channel: len(life.said) for channel, life in model.lives.items()
+            }
+    finally:
+        await opened.__aexit__(None, None, None)
+
+
+@every_kind
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(STEPS, max_size=25))
+def test_every_kind_does_what_the_model_does(kind: Kind, steps: list[tuple[str, Any]]) -> None:
+    """Any sequence of operations gives what the contract, written down as a few lists, gives."""
+    with tempfile.TemporaryDirectory() as place:
+        asyncio.run(compare(kind, Path(place), steps))
