@@ -34,7 +34,7 @@ from server.errors import SHUTDOWN, Unavailable
 from server.history import History
 from server.history.memory import MemoryHistory
 from server.history.sqlite import SqliteHistory
-from server.jwks import Keys
+from server.jwks import BODY_BYTES, Keys
 from server.node import Node
 from server.observe import configure, event
 from server.presence.memory import MemoryPresence
@@ -43,8 +43,8 @@ from server.settings import HttpServerSettings, Settings, SettingsError, load, w
 
 SWEEP_S = 1.0
 BACKLOG = 4096
-JWKS_BYTES = 1024 * 1024
-FETCH_TIMEOUT_S = 4.0
+FETCH_TIMEOUT_S = 1.5
+"""Shorter than the patience of ``Keys``, so that the HTTP client ends its request itself."""
 
 
 def main(argv: list[str]) -> int:
@@ -153,7 +153,7 @@ def make_gate(settings: Settings) -> Gate:
 
 
 async def _fetch(url: str) -> bytes:
-    client = tornado.httpclient.AsyncHTTPClient(force_instance=True, defaults={}, max_body_size=JWKS_BYTES)
+    client = tornado.httpclient.AsyncHTTPClient(force_instance=True, defaults={}, max_body_size=BODY_BYTES)
     try:
         response = await client.fetch(url, request_timeout=FETCH_TIMEOUT_S, connect_timeout=FETCH_TIMEOUT_S)
         return response.body

@@ -208,15 +208,18 @@ class State(Enum):
 
 
 class Reading(Enum):
-    """Does the loop watch the socket for us?
+    """Does a session want messages, and does the loop watch the socket for it?
 
     ``PAUSED`` becomes ``OFF`` only when something comes: most pauses are shorter
-    than that, and cost no system call.
+    than that, and cost no system call.  ``RESUMING`` lasts until the next turn: what
+    was read before the pause goes to the session before anything more is read, else
+    a client could make us hold more with each pause.
     """
 
     ON = "on"
     PAUSED = "paused"
     OFF = "off"
+    RESUMING = "resuming"
 
 
 class Backlog:
@@ -417,16 +420,16 @@ class SocketOutbox(Outbox):
 
     def pause_reading(self) -> None:
         """See ``Outbox.pause_reading``."""
-        if self._reading is Reading.ON and self._state is State.OPEN:
+        if self._reading in (Reading.ON, Reading.RESUMING) and self._state is State.OPEN:
             self._reading = Reading.PAUSED
 
     def resume_reading(self) -> None:
         """See ``Outbox.resume_reading``."""
-        if self._reading is Reading.ON or self._state is State.CLOSED:
+        if self._reading in (Reading.ON, Reading.RESUMING) or self._state is State.CLOSED:
             return
         if self._reading is Reading.OFF:
             self.wire.loop.add_reader(self._fd, self._readable)
-        self._reading = Reading.ON
+        self._reading = Reading.RESUMING
         self.wire.loop.call_soon(self._resumed)
 
     def ping_frame(self) -> bytes:
@@ -442,9 +445,10 @@ class SocketOutbox(Outbox):
             return None
 
     def _readable(self) -> None:
-        if self._reading is Reading.PAUSED:
-            self._reading = Reading.OFF
-            self.wire.loop.remove_reader(self._fd)
+        if self._reading is not Reading.ON:
+            if self._reading is Reading.PAUSED:
+                self._reading = Reading.OFF
+                self.wire.loop.remove_reader(self._fd)
             return
         try:
             data = self._read()
@@ -458,7 +462,8 @@ class SocketOutbox(Outbox):
 
     def _resumed(self) -> None:
         """Go on with what was read before the pause."""
-        if self._reading is Reading.ON:
+        if self._reading is Reading.RESUMING:
+            self._reading = Reading.ON
             self._take_events()
 
     def _take_events(self) -> None:
@@ -723,14 +728,10 @@ class TlsOutbox(SocketOutbox):
             self.wire.loop.add_writer(self._fd, self._writable)
             return None
 
-    def _readable(self) -> None:
-        super()._readable()
-        # What OpenSSL has decrypted already, the loop does not see.
-        while self._reading is Reading.ON and self._sock.pending():
-            super()._readable()
-
     def _resumed(self) -> None:
         super()._resumed()
+        # The loop does not see what OpenSSL has decrypted already.  Our reads take records
+        # whole and leave nothing; the last one before the takeover was Tornado's.
         if self._reading is Reading.ON:
             self._readable()
 

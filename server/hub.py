@@ -5,6 +5,8 @@ all of them: a publication costs one decision per process and one write per
 socket.  A subscription that is catching up has a cursor of its own, reads pages
 of history (``node`` does that), and goes live through the channel's *tail*: the
 latest publications heard while somebody catches up, bounded in bytes and shared.
+The tail outlives the last of them by a second or two, so that of a thousand
+clients who come back together only the first few ask history at all (``recall``).
 
 The third promise lives here: nothing is written to a client unless it is the
 next offset of its subscription.  What keeps it:
@@ -38,7 +40,17 @@ from server import protocol
 from server.channels import Namespace
 from server.errors import INAPPROPRIATE_PROTOCOL, Disconnect
 from server.outbox import Outbox, Wire
-from server.stream import ClientInfo, Cursor, Page, Position, Publication, Verdict, catch_up
+from server.stream import (
+    PAGE_BYTES,
+    PAGE_PUBLICATIONS,
+    ClientInfo,
+    Cursor,
+    Page,
+    Position,
+    Publication,
+    Verdict,
+    catch_up,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -124,7 +136,8 @@ class Feed:
     """One channel in this process; exists while somebody here is subscribed.
 
     ``cursor`` is where the live subscriptions stand, ``None`` while nothing is
-    known.  ``tail`` and ``ahead`` hold (epoch, publication).
+    known.  ``tail`` ends where the cursor stands, and is added to while
+    ``tail_wanted``; ``ahead`` holds what came too early, with its epoch.
     """
 
     __slots__ = (
@@ -141,6 +154,8 @@ class Feed:
         "repairing",
         "tail",
         "tail_bytes",
+        "tail_used",
+        "tail_wanted",
     )
 
     def __init__(self, channel: str, namespace: Namespace) -> None:
@@ -151,6 +166,8 @@ class Feed:
         self.catching: set[Subscription] = set()
         self.tail: deque[Publication] = deque()
         self.tail_bytes = 0
+        self.tail_wanted = False
+        self.tail_used = False
         self.ahead: dict[int, tuple[str, Publication]] = {}
         self.ahead_bytes = 0
         self.pending: dict[Wire, list[bytes]] = {}
@@ -173,7 +190,7 @@ class Feed:
         yield from self.catching
 
     def forget_tail(self) -> None:
-        """Let go of the tail: it no longer ends where the cursor stands, or nobody needs it."""
+        """Let go of the tail: it no longer ends where the cursor stands, or nobody wants it."""
         self.tail.clear()
         self.tail_bytes = 0
 
@@ -192,6 +209,7 @@ class Hub:
     def __init__(self, soon: Callable[[Callable[[], None]], object]) -> None:
         self.feeds: dict[str, Feed] = {}
         self._soon = soon
+        self._tails: set[Feed] = set()
         self._dirty: list[Feed] = []
         self._after: list[tuple[Outbox, bytes]] = []
 
@@ -203,6 +221,7 @@ class Hub:
             feed = self.feeds[subscription.channel] = Feed(subscription.channel, subscription.namespace)
         subscription.feed = feed
         feed.catching.add(subscription)
+        self._want_tail(feed)
         return feed
 
     def leave(self, subscription: Subscription) -> Feed | None:
@@ -221,11 +240,10 @@ class Hub:
             subscription.live = False
         else:
             feed.catching.discard(subscription)
-            if not feed.catching:
-                feed.forget_tail()
         if feed.live or feed.catching:
             return None
         del self.feeds[feed.channel]
+        self._tails.discard(feed)
         return feed
 
     def go_live(self, subscription: Subscription) -> Step:
@@ -242,8 +260,6 @@ class Hub:
                 return step
         self._settle(feed)
         feed.catching.discard(subscription)
-        if not feed.catching:
-            feed.forget_tail()
         feed.live.setdefault(subscription.outbox.wire, {})[subscription.outbox] = subscription
         subscription.cursor = None
         subscription.live = True
@@ -268,6 +284,57 @@ class Hub:
                 return Step.READ
             self.send(subscription, [pub for pub in tail if pub.offset > cursor.offset], common.epoch)
         return Step.LIVE
+
+    # --- the tail -------------------------------------------------------------
+    def _want_tail(self, feed: Feed) -> None:
+        feed.tail_wanted = feed.tail_used = True
+        if feed.namespace.kept:
+            self._tails.add(feed)
+
+    def recall(self, feed: Feed, since: Position) -> Page | None:
+        """What history would answer after ``since``, if the tail reaches back that far; else ``None``.
+
+        The live ones stand at its top: who continues from it is as far as they are.
+        """
+        cursor, tail = feed.cursor, feed.tail
+        if cursor is None or not cursor.epoch or since.epoch != cursor.epoch or since.offset > cursor.offset:
+            return None
+        if since.offset < cursor.offset and (not tail or tail[0].offset > since.offset + 1):
+            return None
+        missed: list[Publication] = []
+        room = PAGE_BYTES
+        for publication in tail:
+            if publication.offset > since.offset:
+                room -= publication.weight
+                if len(missed) == PAGE_PUBLICATIONS or (missed and room < 0):
+                    break
+                missed.append(publication)
+        return Page(missed, cursor.position)
+
+    def remember(self, feed: Feed, page: Page) -> None:
+        """Lengthen the tail backwards by a page of history that borders on it, for the next who come back."""
+        cursor, tail = feed.cursor, feed.tail
+        if cursor is None or cursor.epoch != page.top.epoch or not feed.tail_wanted or not page.publications:
+            return
+        first = tail[0].offset if tail else cursor.offset + 1
+        if page.publications[-1].offset < first - 1:
+            return
+        for publication in reversed(page.publications):
+            if publication.offset < first:
+                if feed.tail_bytes + publication.weight > TAIL_BYTES:
+                    return
+                tail.appendleft(publication)
+                feed.tail_bytes += publication.weight
+
+    def sweep(self) -> None:
+        """Let go of the tails that nobody has needed since the last sweep; call it once a second."""
+        for feed in [feed for feed in self._tails if not feed.catching]:
+            if feed.tail_used:
+                feed.tail_used = False
+            else:
+                self._tails.discard(feed)
+                feed.tail_wanted = False
+                feed.forget_tail()
 
     # --- publications ---------------------------------------------------------
     def hear(self, channel: str, epoch: str, publication: Publication) -> Verdict:
@@ -312,6 +379,8 @@ class Hub:
         """
         caught = catch_up(since, page)
         if not caught.recovered:
+            if feed.cursor is None or self._moved_past(feed.cursor, since, page):
+                return []
             lost = self._halt(feed, None)
             feed.cursor = None
             feed.forget_ahead()
@@ -327,6 +396,11 @@ class Hub:
         feed.forget_ahead()
         return late
 
+    @staticmethod
+    def _moved_past(cursor: Cursor, since: Position, page: Page) -> bool:
+        """Has the cursor left ``since`` while the page was read, for a place where nothing is lost?"""
+        return cursor.position != since and cursor.epoch == page.top.epoch and cursor.offset >= page.floor
+
     def _halt(self, feed: Feed, at: Position | None) -> list[Subscription]:
         """Take all live subscriptions back to catching up from ``at``; ``None``: they have lost their place."""
         self._settle(feed)
@@ -337,6 +411,7 @@ class Hub:
             subscription.live = False
             subscription.cursor = Cursor(at) if at is not None else None
             feed.catching.add(subscription)
+        self._want_tail(feed)
         return halted
 
     def _close_ranks(self, feed: Feed) -> None:
@@ -354,7 +429,7 @@ class Hub:
 
     def _advance(self, feed: Feed, cursor: Cursor, epoch: str, publication: Publication) -> None:
         cursor.advance(publication.offset, epoch)
-        if feed.catching:
+        if feed.tail_wanted:
             feed.tail.append(publication)
             feed.tail_bytes += publication.weight
             while feed.tail_bytes > TAIL_BYTES:

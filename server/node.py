@@ -355,6 +355,7 @@ class Node:
                         future.set_exception(error)
                 left = []
                 continue
+            self.hub.remember(feed, page)
             last = page.publications[-1].offset if page.publications else page.top.offset
             left = []
             for since, future in asked:
@@ -380,7 +381,9 @@ class Node:
                 await self._follow(feed)
                 if not subscription.namespace.kept:
                     return None
-                return await self._page(feed, NEWEST if since is None else since.offset)
+                if since is None:
+                    return await self._page(feed, NEWEST)
+                return self.hub.recall(feed, since) or await self._page(feed, since.offset)
         except TimeoutError:
             self.release(subscription)
             raise Unavailable(f"a subscription was not in force within {self.patience_s:g} s") from None
@@ -435,7 +438,7 @@ class Node:
         if feed is None or cursor is None:
             return Step.LIVE
         since = cursor.position
-        page = await self._page(feed, since.offset)
+        page = self.hub.recall(feed, since) or await self._page(feed, since.offset)
         if subscription.closed:
             return Step.LIVE
         caught = catch_up(since, page)
@@ -537,6 +540,7 @@ class Node:
         """The once-a-second work: due sessions, retention, leases, and the search for silent losses."""
         for session in self.timetable.due(now):
             session.tick(now)
+        self.hub.sweep()
         tops, self._tops = self._tops, {}
         for channel, top in tops.items():
             self.broker.announce(Published(channel, top))

@@ -101,6 +101,7 @@ class Session:
     __slots__ = (
         "_arrived",
         "_busy",
+        "_granted",
         "_inbox",
         "_paused",
         "_pong_by",
@@ -136,6 +137,7 @@ class Session:
         self._inbox: deque[tuple[Command, float]] | None = None
         self._busy = False
         self._paused = False
+        self._granted: frozenset[str] = frozenset()
         self._arrived = 0.0
         self._stale_at = node.clock() + node.settings.client.stale_close_delay
         node.timetable.put(self, self._stale_at)
@@ -385,6 +387,7 @@ class Session:
                     raise Refused(EXPIRED, "the token's expire_at is past")
                 self.expire_at = claims.expire_at
             self._name(claims.user)
+            self._granted = frozenset(claims.subs)
             return _json_info(claims.info), dict(claims.subs)
         header = settings.user_id_http_header.lower()
         user = self.request.headers.get(header, "") if header else ""
@@ -532,7 +535,7 @@ class Session:
         except BaseException:
             self._drop(subscription)
             raise
-        result.data = protocol.payload(options.data)
+        result.data = protocol.payload(_json_info(options.data) if self.outbox.wire.format == "json" else options.data)
         if expire_at:
             result.expires, result.ttl = True, _ttl(expire_at, self.node.clock())
         subscription.joins = False if subscription.closed else granted.joins
@@ -764,8 +767,7 @@ class Session:
         now = self.node.clock()
         if claims.expire_at and claims.expire_at <= now:
             raise Refused(EXPIRED, "the token's expire_at is past")
-        served = {channel for channel, sub in self.subscriptions.items() if sub.server_side}
-        if claims.subs and not claims.subs.keys() <= served:
+        if claims.subs.keys() != self._granted:
             raise Disconnected(INSUFFICIENT_STATE, "the refreshed token has other channels")
         self.info = ClientInfo(self.user, self.client, _json_info(claims.info))
         self.expire_at = 0 if self.node.settings.client.insecure else claims.expire_at

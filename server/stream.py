@@ -11,6 +11,10 @@ from enum import Enum
 
 import msgspec
 
+PAGE_PUBLICATIONS = 100
+PAGE_BYTES = 128 * 1024
+"""How much of a stream is read, and replied with, at a time."""
+
 
 class Position(msgspec.Struct, frozen=True):
     """A place in a stream: everything up to ``offset`` (1, 2, 3 ...; 0 is before the first) under ``epoch``.

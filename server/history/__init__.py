@@ -30,11 +30,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from server.stream import PAGE_BYTES as PAGE_BYTES
+from server.stream import PAGE_PUBLICATIONS as PAGE_PUBLICATIONS
 from server.stream import ClientInfo, Page, Position, Publication
 from server.stream import Retention as Retention
 
-PAGE_PUBLICATIONS = 100
-PAGE_BYTES = 128 * 1024
 COMMIT_PUBLICATIONS = 100
 COMMIT_BYTES = 256 * 1024
 QUEUE_PUBLICATIONS = 2_000

@@ -41,7 +41,7 @@ class _Stream:
         self.top = 0
         self.floor = 0
         self.used_ms = 0
-        # By offset, not in a sequence: a page is found, and an old end cut off, in steps that do not grow with the size.
+        # By offset, not in a sequence: what finding a page or cutting off an old end costs does not grow with the size.
         self.publications: dict[int, Publication] = {}
         self.keys: dict[str, tuple[int, int]] = {}  # key -> offset, expires_ms
 

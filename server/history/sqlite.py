@@ -11,13 +11,14 @@ commit, whatever became of it, the next one reads what is true.
 their own; each is one read transaction, that is one consistent snapshot, begun
 after it was asked for and so never older than a commit already heard of.
 
-**The interpreter's lock.**  A thread that wants it from a busy event loop gets it
-by force only after a whole *switch interval* in which the loop never let go.  A
-loop that lets go more often than every 5 ms (Python's default), for a few
-microseconds each time, so starves the writer: single appends took 10 to 45 s
-beside a loop with turns of 0.3 to 4 ms (CPython 3.11, November 2026).  ``open`` therefore
-shortens the interval, of the whole process, to ``SWITCH_S``: with it no append
-took longer than 50 ms there, and the loop gets the lock back sooner, too.
+**The interpreter's lock.**  A waiting thread may ask a busy event loop for it
+only after a whole *switch interval* in which the loop never let go.  A loop lets
+go at every turn, for the microsecond that its ``select`` takes, which is too short for
+the thread to wake up: at Python's 5 ms the writer starves beside a loop with
+turns below that (single appends took 10 to 45 s; CPython 3.11, November 2026).
+``open`` therefore shortens the interval, of the whole process, to ``SWITCH_S``.  With
+turns of 0.15, 0.3 and 0.7 ms no append then took more than 40 ms, where 0.5 ms
+still left some at 2 s, and the loop lost nothing measurable.
 
 **One process.**  SQLite's ``locking_mode=EXCLUSIVE`` would lock out our own
 second connection, so an advisory lock (``flock``) is held on ``PATH.lock``, a
@@ -120,7 +121,7 @@ CREATE INDEX keys_by_expiry ON keys (expires_ms);
 """
 
 BUSY_S = 1.0
-SWITCH_S = 0.0005
+SWITCH_S = 0.000_02
 CACHE_KB = 16 * 1024
 CHECKPOINT_PAGES = 4_000
 WAL_KEPT_BYTES = 64 * 1024 * 1024

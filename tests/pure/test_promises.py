@@ -1,0 +1,95 @@
+"""P1 and P3 under a network that delays, repeats, reorders and loses.
+
+Hypothesis writes the story, ``weather`` plays it in virtual time.
+"""
+
+import asyncio
+from random import Random
+
+from conftest import ExpectedLog
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from weather import CHANNEL, World, live_through
+
+ACTS = st.sampled_from(
+    ["say 1", "say 1", "say 3", "say 250", "join", "join", "cut", "cut", "wait 0.01", "wait 0.1", "wait 1", "wait 6"]
+)
+SEEDS = st.integers(0, 2**32)
+ENDS = st.sampled_from(["trim", "forget"])
+QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+async def _play(random: Random, story: list[str]) -> World:
+    world = World(random)
+    await world.open()
+    try:
+        for act in story:
+            verb, _, number = act.partition(" ")
+            match verb:
+                case "say":
+                    world.publish(int(number))
+                case "join":
+                    world.join()
+                case "cut":
+                    world.cut()
+                case "wait":
+                    await asyncio.sleep(float(number))
+                case "trim":
+                    await world.trim()
+                case "forget":
+                    await world.forget()
+        await world.settle()
+    finally:
+        await world.close()
+    return world
+
+
+@QUIET
+@given(SEEDS, st.lists(ACTS, min_size=4, max_size=60))
+def test_everybody_hears_everything_once_and_in_order(seed: int, story: list[str]) -> None:
+    """Each subscriber sees every offset once, in order, and reaches the top; nobody is told that history is gone."""
+
+    async def run() -> None:
+        world = await _play(Random(seed), ["join", *story])
+        assert sum(listener.restarts for listener in world.listeners) == 0
+        stream = world.log.streams.get(CHANNEL)
+        offsets = sorted(offset for _, offset in world.said)
+        assert offsets == list(range(1, (stream.top if stream else 0) + 1))
+
+    live_through(run())
+
+
+@QUIET
+@given(SEEDS, st.lists(ACTS | ENDS, min_size=4, max_size=60))
+def test_told_of_a_loss_only_when_history_is_gone(log: ExpectedLog, seed: int, story: list[str]) -> None:
+    """With history trimmed and forgotten in the middle, everybody still ends at the top, and each loss told is real."""
+    log.expect("subscription.lost")
+    live_through(_play(Random(seed), ["join", *story]))
+
+
+@given(SEEDS)
+@example(1)
+@settings(max_examples=10, deadline=None)
+def test_a_mass_return_costs_few_reads(seed: int) -> None:
+    """A hundred clients that come back within a second, each missing less than a page, share their history reads."""
+
+    async def run() -> None:
+        world = World(Random(seed), nodes=1)
+        world.weather.clear()
+        await world.open()
+        for _ in range(100):
+            world.join()
+        await asyncio.sleep(2)
+        world.publish(30)
+        await asyncio.sleep(1)
+        for index, listener in enumerate(world.listeners):
+            listener.cut()
+            if index % 4 == 0:
+                world.publish(1)
+        history = world.histories[0]
+        before = history.reads
+        await world.settle()
+        assert history.reads - before <= 5
+        await world.close()
+
+    live_through(run())

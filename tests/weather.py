@@ -1,0 +1,420 @@
+"""A small world with bad weather: nodes, clients and a network that does what networks do.
+
+Time is virtual: when nobody has anything to do, the loop's clock jumps to the next
+appointment, so hours of waiting take no time and every run of one seed is the same.
+The nodes, sessions and cursors are the real ones; only the ways between them are
+bad.  ``Listener`` behaves as an SDK does and checks the third promise at every
+message; ``World.settle`` clears the sky and checks that everybody reaches the top.
+"""
+
+import asyncio
+import json
+import selectors
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+from support import settings
+
+from run import make_gate
+from server.broker import Word
+from server.broker.memory import Bus, MemoryBroker
+from server.errors import Disconnect
+from server.history import Appended, Draft, Retention
+from server.history.memory import Log, MemoryHistory
+from server.node import Node
+from server.outbox import Outbox, Request, Wire
+from server.presence.memory import Board, MemoryPresence
+from server.session import Session
+from server.settings import Settings
+from server.stream import Page
+
+EPOCH_S = 1_700_000_000.0
+CHANNEL = "chat:storm"
+
+
+# --- time ------------------------------------------------------------------------
+class _Jump(selectors.SelectSelector):
+    """Instead of waiting, moves the loop's clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everybody waits, and nobody will ever come"
+            self.now += timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only when there is nothing else to do."""
+
+    def __init__(self) -> None:
+        self._jump = _Jump()
+        super().__init__(self._jump)
+
+    def time(self) -> float:
+        """The virtual time, in seconds."""
+        return self._jump.now
+
+
+def live_through(story: Any) -> None:
+    """Run a coroutine in virtual time."""
+    loop = VirtualLoop()
+    try:
+        loop.run_until_complete(story)
+        loop.run_until_complete(asyncio.sleep(0))
+    finally:
+        loop.close()
+
+
+# --- the ways between them ----------------------------------------------------------
+class Weather:
+    """How bad it is; every number may be changed while the world runs."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.loss = 0.3
+        self.repeat = 0.2
+        self.delay_s = 0.2
+        self.read_s = 0.1
+        self.write_s = 0.05
+        self.socket_s = 0.1
+
+    def clear(self) -> None:
+        """Everything arrives, at once."""
+        self.loss = self.repeat = self.delay_s = self.read_s = self.write_s = self.socket_s = 0.0
+
+    def wait_s(self, most_s: float) -> float:
+        """Some time up to ``most_s``, often none."""
+        return self.random.uniform(0, most_s) if most_s and self.random.random() < 0.7 else 0.0
+
+
+class BadBroker(MemoryBroker):
+    """A broker that loses, delays, repeats and reorders, as its contract allows."""
+
+    def __init__(self, bus: Bus, weather: Weather) -> None:
+        super().__init__(bus)
+        self._weather = weather
+
+    async def follow(self, channel: str) -> None:
+        """In force some time later."""
+        await asyncio.sleep(self._weather.wait_s(self._weather.delay_s))
+        await super().follow(channel)
+
+    def _soon(self, broker: MemoryBroker, word: Word) -> None:
+        weather = self._weather
+        loop = asyncio.get_running_loop()
+        while weather.random.random() >= weather.loss:
+            loop.call_later(weather.wait_s(weather.delay_s), broker._hear, word)
+            if weather.random.random() >= weather.repeat:
+                return
+
+
+class SlowHistory(MemoryHistory):
+    """A history far away: what it says was true when it was asked, and takes time to arrive."""
+
+    def __init__(self, log: Log, weather: Weather, world: "World") -> None:
+        super().__init__(log)
+        self._weather = weather
+        self._world = world
+        self.reads = 0
+
+    async def append(self, channel: str, draft: Draft, retention: Retention, now_ms: int) -> Appended:
+        """As ever, but the way there and the way back take time."""
+        await asyncio.sleep(self._weather.wait_s(self._weather.write_s))
+        appended = await super().append(channel, draft, retention, now_ms)
+        if not appended.repeated:
+            position = appended.position
+            self._world.said[position.epoch, position.offset] = draft.data
+        await asyncio.sleep(self._weather.wait_s(self._weather.write_s))
+        return appended
+
+    async def read(self, channel: str, retention: Retention, now_ms: int, **options: Any) -> Page:
+        """As ever, but the way there and the way back take time."""
+        self.reads += 1
+        await asyncio.sleep(self._weather.wait_s(self._weather.read_s))
+        page = await super().read(channel, retention, now_ms, **options)
+        await asyncio.sleep(self._weather.wait_s(self._weather.read_s))
+        return page
+
+
+# --- clients ---------------------------------------------------------------------------
+class PlainWire(Wire):
+    """Messages as they are."""
+
+    def __init__(self, format: str = "json") -> None:
+        self.format = format
+
+    def frame(self, message: bytes) -> bytes:
+        """No frame at all, but an end."""
+        return message + b"\n"
+
+    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
+        """To each."""
+        for outbox in outboxes:
+            outbox.send(data)
+
+
+WIRE = PlainWire()
+
+
+class Mailbox(Outbox):
+    """An outbox that ends in a listener of this process, a loop turn later."""
+
+    def __init__(self, listener: "Listener", weather: Weather) -> None:
+        self.wire = WIRE
+        self._listener = listener
+        self._weather = weather
+        self._open = True
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Nothing ever waits here for long."""
+        return 0
+
+    def send(self, frame: bytes) -> None:
+        """See ``Outbox.send``."""
+        if self._open:
+            asyncio.get_running_loop().call_soon(self._arrive, frame)
+
+    def _arrive(self, frame: bytes) -> None:
+        if self._listener.mailbox is self:
+            for line in frame.decode().splitlines():
+                self._listener.take(json.loads(line))
+
+    def flush(self) -> None:
+        """See ``Outbox.flush``; the order of arrival is that of sending."""
+
+    async def drained(self) -> None:
+        """The socket takes its time."""
+        await asyncio.sleep(self._weather.wait_s(self._weather.socket_s))
+
+    def close(self, disconnect: Disconnect) -> None:
+        """See ``Outbox.close``."""
+        self._open = False
+        asyncio.get_running_loop().call_soon(self._listener.ended, self, disconnect)
+
+    def pause_reading(self) -> None:
+        """Nobody floods here."""
+
+    def resume_reading(self) -> None:
+        """Nobody floods here."""
+
+
+class Listener:
+    """One client that follows one channel as an SDK would, and trusts nothing."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.mailbox: Mailbox | None = None
+        self.session: Session | None = None
+        self.subscribed = False
+        self.fresh = True
+        self.offset = 0
+        self.epoch = ""
+        self.heard = 0
+        self.restarts = 0
+        self.expected_end = False
+
+    def connect(self) -> None:
+        """Open a session on some node, and subscribe in the same breath."""
+        node = self.world.random.choice(self.world.nodes)
+        self.mailbox = Mailbox(self, self.world.weather)
+        self.session = Session(node, self.world.gate, self.mailbox, Request("test", "json", "", {}))
+        self._say({"id": 1, "connect": {}})
+        self._subscribe()
+
+    def _say(self, command: dict[str, Any]) -> None:
+        if self.session is not None:
+            self.session.receive(json.dumps(command).encode())
+
+    def _subscribe(self) -> None:
+        request: dict[str, Any] = {"channel": CHANNEL}
+        if not self.fresh:
+            request.update(recover=True, offset=self.offset, epoch=self.epoch)
+        self._say({"id": 2, "subscribe": request})
+
+    def cut(self) -> None:
+        """The network drops the connection; the client comes back some time later."""
+        session, self.session, self.mailbox = self.session, None, None
+        self.subscribed = False
+        if session is not None:
+            session.gone()
+            self.world.later(self.connect)
+
+    def ended(self, mailbox: Mailbox, disconnect: Disconnect) -> None:
+        """The server ended the connection, which in this world it has no reason to."""
+        if self.mailbox is mailbox:
+            self.world.complain(f"disconnected with {disconnect}")
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Judge one message."""
+        if not message:
+            self._say({})
+        if "connect" in message:
+            return
+        if "subscribe" in message:
+            self._begin(message["subscribe"])
+        elif "error" in message:
+            if message["error"]["code"] != 100:
+                self.world.complain(f"refused with {message}")
+            self.world.later(self._subscribe)
+        elif "push" in message:
+            push = message["push"]
+            if "pub" in push:
+                self._hear(push["pub"])
+            elif "unsubscribe" in push:
+                self._lost(push["unsubscribe"]["code"])
+
+    def _begin(self, result: dict[str, Any]) -> None:
+        if result.get("was_recovering") and not result.get("recovered"):
+            self.world.justify(self.offset, self.epoch)
+            self.restarts += 1
+        elif result.get("recovered") and result.get("offset", 0) != self.offset:
+            self.world.complain(f"recovered from {result.get('offset', 0)}, asked for {self.offset}")
+        self.subscribed, self.fresh = True, False
+        self.offset, self.epoch = result.get("offset", 0), result.get("epoch", "")
+        for publication in result.get("publications", ()):
+            self._hear(publication)
+
+    def _hear(self, publication: dict[str, Any]) -> None:
+        offset = publication["offset"]
+        if not self.subscribed:
+            self.world.complain(f"publication {offset} came before the reply to subscribe")
+        if offset != self.offset + 1:
+            self.world.complain(f"publication {offset} came after {self.offset}")
+        self.epoch = publication.get("epoch") or self.epoch
+        if self.world.said.get((self.epoch, offset)) != json.dumps(publication["data"]).encode():
+            self.world.complain(f"publication {offset} of {self.epoch} says {publication['data']}")
+        self.offset = offset
+        self.heard += 1
+
+    def _lost(self, code: int) -> None:
+        if code != 2500:
+            self.world.complain(f"unsubscribed with {code}")
+        self.world.justify(self.offset, self.epoch)
+        self.subscribed = False
+        self._subscribe()
+
+
+# --- the world ---------------------------------------------------------------------------
+class World:
+    """Some nodes over one truth, and those who listen."""
+
+    def __init__(self, random: Random, nodes: int = 2, settings_: Settings | None = None) -> None:
+        self.random = random
+        self.weather = Weather(random)
+        self.log = Log()
+        self.said: dict[tuple[str, int], bytes] = {}
+        self.listeners: list[Listener] = []
+        self.complaints: list[str] = []
+        self.acknowledged = 0
+        chosen = settings_ or settings()
+        self.gate = make_gate(chosen)
+        bus, board = Bus(), Board()
+        loop = asyncio.get_running_loop()
+        self.histories = [SlowHistory(self.log, self.weather, self) for _ in range(nodes)]
+        self.nodes = [
+            Node(
+                history=history,
+                broker=BadBroker(bus, self.weather),
+                presence=MemoryPresence(10.0, board),
+                settings=chosen,
+                clock=lambda: EPOCH_S + loop.time(),
+            )
+            for history in self.histories
+        ]
+        self._published = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        """Open the nodes, and let each sweep once a second."""
+        for node in self.nodes:
+            await node.open()
+            self._spawn(self._sweep(node))
+
+    async def _sweep(self, node: Node) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            node.sweep(node.clock())
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def later(self, call: Any) -> None:
+        """Do something after a moment."""
+        asyncio.get_running_loop().call_later(self.random.uniform(0, 0.5), call)
+
+    def complain(self, what: str) -> None:
+        """Something happened that must not."""
+        self.complaints.append(what)
+
+    def justify(self, offset: int, epoch: str) -> None:
+        """Is history after this position truly gone?"""
+        stream = self.log.streams.get(CHANNEL)
+        if stream is None or (epoch and stream.epoch != epoch) or offset < stream.floor or offset > stream.top:
+            return
+        self.complain(f"told that {offset} of {epoch} is gone; floor is {stream.floor}, top {stream.top} of {stream.epoch}")
+
+    def join(self) -> None:
+        """One more listener."""
+        listener = Listener(self)
+        self.listeners.append(listener)
+        listener.connect()
+
+    def cut(self) -> None:
+        """Somebody's connection drops."""
+        if self.listeners:
+            self.random.choice(self.listeners).cut()
+
+    def publish(self, count: int) -> None:
+        """Some node publishes, not waiting for one before the next."""
+        node = self.random.choice(self.nodes)
+        for _ in range(count):
+            self._published += 1
+            self._spawn(self._publish(node, json.dumps({"n": self._published}).encode()))
+
+    async def _publish(self, node: Node, data: bytes) -> None:
+        namespace = node.channels.known(CHANNEL)
+        await node.publish(CHANNEL, namespace, Draft(data))
+        self.acknowledged += 1
+
+    async def trim(self) -> None:
+        """History is cut off up to its top."""
+        await self.random.choice(self.histories).remove(CHANNEL)
+
+    async def forget(self) -> None:
+        """History is restored from a backup that had nothing."""
+        await self.random.choice(self.histories).new_epochs()
+
+    async def settle(self) -> None:
+        """Clear the sky, wait as long as the design allows, and check where everybody stands."""
+        self.weather.clear()
+        await asyncio.sleep(15.0)
+        stream = self.log.streams.get(CHANNEL)
+        top = stream.top if stream else 0
+        for listener in self.listeners:
+            if not listener.subscribed:
+                self.complain("somebody is not subscribed in the end")
+            elif listener.offset != top:
+                self.complain(f"somebody stands at {listener.offset} in the end, the top is {top}")
+        assert not self.complaints, "; ".join(self.complaints[:5])
+
+    async def close(self) -> None:
+        """End the world."""
+        for listener in self.listeners:
+            listener.mailbox = None
+            if listener.session is not None:
+                listener.session.gone()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for node in self.nodes:
+            await node.close()
+        await self.gate.keys.close()
