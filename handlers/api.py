@@ -15,15 +15,15 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from handlers.base import JsonHandler
-from server import broker as wires
 from server import __version__, protocol
+from server import broker as wires
 from server.auth import Override
 from server.channels import Namespace, check_payload
+from server.commands import history_page
 from server.errors import BAD_REQUEST, FORCE_DISCONNECT, INTERNAL, NOT_AVAILABLE, Refused, Unavailable
 from server.history import Draft
 from server.node import Node
 from server.observe import event
-from server.session import history_page
 from server.settings import HttpApiSettings
 from server.stream import Position, Publication
 

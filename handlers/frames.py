@@ -262,7 +262,7 @@ class Parser:
 
 def is_close_code(code: int) -> bool:
     """May this code stand in a close frame (RFC 6455 7.4 and IANA's registry, 1012 to 1014, as of 2026)?"""
-    return 3000 <= code < 5000 or 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
+    return 3000 <= code < 5000 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))
 
 
 def _frame(opcode: int, payload: bytes) -> bytes:

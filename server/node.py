@@ -337,7 +337,8 @@ class Node:
         everybody within its reach.
         """
         namespace = feed.namespace
-        assert namespace.retention is not None and feed.pages is not None
+        assert namespace.retention is not None
+        assert feed.pages is not None
         left: list[tuple[int, asyncio.Future[Page]]] = []
         while left or feed.pages:
             asked, feed.pages = left + feed.pages, []
@@ -479,6 +480,8 @@ class Node:
         """Enter a subscription into presence if its channel keeps that; raises ``errors.Unavailable``."""
         if subscription.present:
             await self.presence.add(subscription.channel, subscription.info)
+            if subscription.closed:
+                await self.presence.remove(subscription.channel, subscription.info.client)
 
     def say_join(self, subscription: Subscription) -> None:
         """Tell the channel that somebody subscribed, if it emits joins; after the reply."""

@@ -456,15 +456,17 @@ async def test_a_key_outlives_its_payload(kind: Kind, tmp_path: Path) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("swept", [False, True], ids=["unswept", "swept"])
-async def test_a_key_expires(kind: Kind, swept: bool, tmp_path: Path) -> None:
-    """After ``idempotency_ttl_ms``, and not before, a key is new again, whether the sweep came by or not."""
+@pytest.mark.parametrize("swept", ["never", "before", "after"])
+async def test_a_key_expires(kind: Kind, swept: str, tmp_path: Path) -> None:
+    """After ``idempotency_ttl_ms``, and not before, a key is new again, whenever the sweep came by."""
     async with kind.opened(tmp_path, idempotency_ttl_ms=1_000) as history:
 
         async def append(late_ms: int) -> tuple[int, bool]:
-            if swept:
+            if swept == "before":
                 await history.sweep(lambda channel: FOREVER, NOW + late_ms)
             appended = await history.append("a", Draft(b"", key="k"), FOREVER, NOW + late_ms)
+            if swept == "after":
+                await history.sweep(lambda channel: FOREVER, NOW + late_ms)
             return appended.position.offset, appended.repeated
 
         seen = [await append(late_ms) for late_ms in (0, 999, 1_000, 1_999, 2_000)]
@@ -544,6 +546,16 @@ async def test_two_memory_histories_share_a_log_and_hear_of_their_own_commits() 
     assert heard == {"left": [1, 4], "right": [2, 3]}
     assert await left.read("a", FOREVER, NOW) == await right.read("a", FOREVER, NOW)
     assert await MemoryHistory().tops(["a"]) == {}
+
+
+async def test_memory_is_trimmed_by_the_append_itself() -> None:
+    """A flood between two sweeps does not outgrow the memory: what retention calls gone is not kept."""
+    history = MemoryHistory()
+    await say(history, "size", *"12345", retention=Retention(2, -1, -1))
+    assert texts(await history.read("size", FOREVER, NOW)) == ["4", "5"]
+    for late_ms in range(0, 3_000, 500):
+        await say(history, "ttl", str(late_ms), at_ms=NOW + late_ms, retention=Retention(-1, 1_000, -1))
+    assert texts(await history.read("ttl", FOREVER, NOW)) == ["2000", "2500"]
 
 
 # --- against a model ----------------------------------------------------------------------

@@ -97,7 +97,7 @@ def rows(path: Path, table: str) -> int:
 
 
 async def test_a_locked_file_costs_appends_and_passes(tmp_path: Path, log: ExpectedLog) -> None:
-    """While another program holds the write lock appends are Unavailable, logged once; reads go on, then appends too."""
+    """While another program holds the write lock appends are Unavailable, logged once; reads go on; then both."""
     log.expect("history.commit_failed")
     path = tmp_path / "h.db"
     async with opened(path) as history:
@@ -497,10 +497,32 @@ async def test_the_sweep_erases_rows_in_bounded_steps(tmp_path: Path) -> None:
         while rows(path, "channels"):
             await history.sweep(lambda channel: fades, NOW + 1)
             left.append(rows(path, "publications") + rows(path, "keys"))
+            # Forgotten is forgotten at once, while there are still keys to erase.
+            assert (await history.tops(["a"]) == {}) == (rows(path, "keys") < many * 1_000)
         steps = [before - after for before, after in itertools.pairwise(left)]
         # A channel's last payloads and first keys go in one call.
         assert all(0 <= step <= 2 * SWEEP_ROWS for step in steps)
         assert left[-1] == 0
+
+
+async def test_a_forgotten_channel_begins_anew_while_its_rows_are_erased(tmp_path: Path) -> None:
+    """The name is free at once: another epoch, offset 1, and none of the old keys, which are still on the disk."""
+    path = tmp_path / "h.db"
+    fades = Retention(-1, 1, 1)
+    async with opened(path) as history:
+        drafts = [Draft(b"", key=f"{n}") for n in range(SWEEP_ROWS + 1)]
+        for start in range(0, len(drafts), 1_000):
+            await asyncio.gather(*(history.append("a", each, FOREVER, NOW) for each in drafts[start : start + 1_000]))
+        old = (await everything(history, "a")).top
+        while await history.tops(["a"]):
+            await history.sweep(lambda channel: fades, NOW + 1)
+        assert rows(path, "keys") > 0
+        appended = [await history.append("a", each, FOREVER, NOW + 1) for each in (drafts[0], drafts[-1])]
+        assert [(each.position.offset, each.repeated) for each in appended] == [(1, False), (2, False)]
+        assert appended[0].position.epoch != old.epoch
+        while rows(path, "channels") > 1:
+            await history.sweep(lambda channel: FOREVER, NOW + 1)
+        assert rows(path, "keys") == rows(path, "publications") == 2
 
 
 async def test_expired_keys_leave_the_disk(tmp_path: Path) -> None:

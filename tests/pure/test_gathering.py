@@ -150,6 +150,19 @@ def test_a_repeated_key_follows_the_first_to_success() -> None:
     assert [waiters(commit) for commit in gathering.take()] == [[4]]
 
 
+def test_a_key_is_free_once_its_outcome_is_known() -> None:
+    """While others of the channel still wait, a key that was answered begins a new entry; nobody follows the past."""
+    for ends in (settled, Gathering.fail):
+        gathering: Gathering[int] = Gathering()
+        gathering.add("a", Draft(b"", key="k"), 0, 1)
+        (first,) = gathering.take()
+        gathering.add("a", Draft(b""), 0, 2)
+        ends(gathering, first)
+        gathering.add("a", Draft(b"", key="k"), 0, 3)
+        (second,) = gathering.take()
+        assert waiters(second) == [2, 3]
+
+
 def test_a_repeated_key_follows_the_first_to_failure() -> None:
     """When the first with a key fails, those behind it fail, and the key is free again."""
     gathering: Gathering[int] = Gathering()

@@ -1,0 +1,441 @@
+"""The commands of a client, one function each; ``METHODS`` at the end is their table.
+
+A function either answers on the spot and returns ``None``, or returns a coroutine
+that the session awaits before it takes the next command.  What a client may not
+have is raised: ``Refused`` costs the command, ``Disconnected`` the connection.
+PROTOCOL 4.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from server import __version__, protocol
+from server import broker as wires
+from server.auth import SubscribeOptions, TokenExpired, TokenInvalid
+from server.channels import Identity, Namespace, check_payload
+from server.errors import (
+    BAD_REQUEST,
+    CHANNEL_LIMIT,
+    CONNECTION_EXPIRED,
+    CONNECTION_LIMIT,
+    EXPIRED,
+    FORBIDDEN,
+    INSUFFICIENT_STATE,
+    INTERNAL,
+    INVALID_TOKEN,
+    MALFORMED,
+    NOT_AVAILABLE,
+    PERMISSION_DENIED,
+    TOKEN_EXPIRED,
+    UNRECOVERABLE_POSITION,
+    UNSUPPORTED,
+    Disconnected,
+    Refused,
+)
+from server.history import Draft
+from server.hub import Subscription, express
+from server.node import Node
+from server.observe import event
+from server.protocol import Command
+from server.stream import ClientInfo, Position, Publication
+from server.subscribing import begin, check_owner, join, json_info, named, subscribe, ttl_s
+
+if TYPE_CHECKING:
+    from server.session import Session
+
+
+# --- connect ---------------------------------------------------------------
+def connect(session: "Session", command: Command) -> Coroutine[Any, Any, None]:
+    """PROTOCOL 4.1."""
+    session.start_connecting()
+    return _connect_patiently(session, command)
+
+
+async def _connect_patiently(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.1."""
+    request = command.connect
+    assert request is not None
+    settings = session.node.settings.client
+    conn_info, wanted = await _identify(session, request)
+    if session.closed:
+        return
+    session.info = ClientInfo(session.user, session.client, conn_info)
+    limit = settings.user_connection_limit
+    if limit and session.user and len(session.node.users.get(session.user, ())) >= limit:
+        raise Disconnected(CONNECTION_LIMIT, f"look at client.user_connection_limit ({limit})")
+    personal = settings.subscribe_to_user_personal_channel
+    if personal.enabled and session.user:
+        name = session.node.channels.personal(session.user, personal.personal_channel_namespace)
+        wanted.setdefault(name, SubscribeOptions(None, None))
+    namespaces = {channel: session.node.channels.known(channel) for channel in wanted}
+    for channel in request.subs:
+        if channel not in wanted and (namespace := _wish(session, channel)) is not None:
+            wanted[channel], namespaces[channel] = SubscribeOptions(None, None), namespace
+    if len(wanted) > settings.channel_limit:
+        raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({settings.channel_limit})")
+    session.node.admit(session)
+    if personal.enabled and personal.single_connection and session.user:
+        _replace_others(session, personal.personal_channel_namespace)
+    joined = await asyncio.gather(
+        *(
+            join(
+                session,
+                channel,
+                namespaces[channel],
+                request.subs.get(channel) or protocol.SubscribeRequest(),
+                options,
+                server_side=True,
+            )
+            for channel, options in wanted.items()
+        ),
+        return_exceptions=True,
+    )
+    if session.closed:
+        return
+    for outcome in joined:
+        if isinstance(outcome, BaseException):
+            session.leave_all()
+            session.node.dismiss(session)
+            raise outcome
+    _welcome(session, command, [outcome for outcome in joined if isinstance(outcome, tuple)])
+
+
+def _welcome(
+    session: "Session", command: Command, joined: "list[tuple[Subscription, protocol.SubscribeResult, Position | None]]"
+) -> None:
+    """Reply to connect and let everything begin, in one loop turn."""
+    settings = session.node.settings.client
+    now = session.node.clock()
+    native = session.request.native_pings
+    result = protocol.ConnectResult(
+        client=session.client,
+        version=f"waterspout {__version__}",
+        expires=bool(session.expire_at),
+        ttl=ttl_s(session.expire_at, now),
+        subs={subscription.channel: result for subscription, result, _ in joined},
+        ping=0 if native else int(settings.ping_interval),
+        pong=not native and settings.ping_interval > 0,
+        time=int(now * 1000) if settings.connect_include_server_time else 0,
+    )
+    session.reply(command, "connect", result)
+    for subscription, _, top in joined:
+        begin(session, subscription, top)
+    session.accept(now)
+
+
+async def _identify(
+    session: "Session", request: protocol.ConnectRequest
+) -> tuple[bytes | None, dict[str, SubscribeOptions]]:
+    """Find out who the client is; returns its info and the channels it gets; PROTOCOL 4.1, 8.5."""
+    settings = session.node.settings.client
+    if request.token:
+        try:
+            claims = await session.gate.keys.verified(
+                lambda: session.gate.connection.connection(request.token, session.node.clock())
+            )
+        except TokenExpired:
+            raise Refused(TOKEN_EXPIRED) from None
+        except TokenInvalid as error:
+            raise Disconnected(INVALID_TOKEN, error.why) from None
+        if not claims.user and settings.disallow_anonymous_connection_tokens:
+            raise Disconnected(FORBIDDEN, "a token without user; client.disallow_anonymous_connection_tokens is set")
+        if not settings.insecure and claims.expire_at:
+            if claims.expire_at <= session.node.clock():
+                raise Refused(EXPIRED, "the token's expire_at is past")
+            session.expire_at = claims.expire_at
+        _name(session, claims.user)
+        session.granted = frozenset(claims.subs)
+        return json_info(claims.info), dict(claims.subs)
+    header = settings.user_id_http_header.lower()
+    user = session.request.headers.get(header, "") if header else ""
+    if not user and not settings.insecure and not settings.allow_anonymous_connect_without_token:
+        raise Disconnected(MALFORMED, "connect without token; client.allow_anonymous_connect_without_token is not set")
+    _name(session, user)
+    return None, {}
+
+
+def _name(session: "Session", user: str) -> None:
+    session.user = user
+    session.identity = Identity(user, session.node.settings.client.insecure)
+
+
+def _wish(session: "Session", channel: str) -> Namespace | None:
+    """The namespace of a channel named in connect's ``subs``, if one could subscribe to it (PROTOCOL 4.1)."""
+    namespace = session.node.channels.namespace(channel)
+    if namespace is None:
+        raise Disconnected(MALFORMED, f"connect.subs names a channel of an unknown namespace: {channel[:64]!r}")
+    try:
+        session.node.channels.check_name(channel, namespace)
+        session.node.channels.may_subscribe(session.identity, channel, namespace)
+    except Refused as refused:
+        event("command.refused", client=session.client, method="connect", code=refused.refusal.code, why=refused.why)
+        return None
+    return namespace
+
+
+def _replace_others(session: "Session", personal_namespace: str) -> None:
+    """Of one user's connections only the newest stays (PROTOCOL 9.2)."""
+    name = session.node.channels.personal(session.user, personal_namespace)
+    namespace = session.node.channels.namespace(name)
+    if namespace is not None and namespace.options.presence:
+        target = wires.Target(session.user, spared=(session.client,))
+        session.node.order(wires.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
+
+
+def unsubscribe(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+    """PROTOCOL 4.3; unsubscribing from what one is not subscribed to succeeds."""
+    request = command.unsubscribe
+    assert request is not None
+    subscription = session.subscriptions.get(named(request.channel))
+    if subscription is None:
+        session.reply(command, "unsubscribe")
+        return None
+    del session.subscriptions[subscription.channel]
+    session.node.release(subscription)
+    return _unsubscribe_patiently(session, command, subscription)
+
+
+async def _unsubscribe_patiently(session: "Session", command: Command, subscription: Subscription) -> None:
+    await session.node.exit(subscription)
+    session.reply(command, "unsubscribe")
+
+
+# --- publish, history, presence, rpc --------------------------------------------
+def publish(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+    """PROTOCOL 4.4."""
+    request = command.publish
+    assert request is not None
+    if request.type or request.key or request.removed:
+        raise Refused(NOT_AVAILABLE, "map channels are not offered")
+    channel = named(request.channel)
+    namespace, draft = _draft(session, channel, protocol.given(request.data))
+    if namespace.kept:
+        return _publish_patiently(session, command, channel, namespace, draft)
+    session.node.publish_passing(channel, Publication(draft.data, info=draft.info))
+    session.reply(command, "publish")
+    return None
+
+
+def _draft(session: "Session", channel: str, data: bytes | None, key: str = "") -> tuple[Namespace, Draft]:
+    """What this client would publish, if it may; PROTOCOL 10.4."""
+    channels = session.node.channels
+    namespace = channels.known(channel)
+    channels.check_name(channel, namespace)
+    payload = check_payload(data, namespace)
+    subscription = session.subscriptions.get(channel)
+    channels.require("publish", session.identity, namespace, subscribed=subscription is not None)
+    info = session.info if subscription is None else subscription.info
+    return namespace, Draft(payload if namespace.binary else protocol.one_line(payload), info=info, key=key)
+
+
+async def _publish_patiently(
+    session: "Session", command: Command, channel: str, namespace: Namespace, draft: Draft
+) -> None:
+    await session.node.publish(channel, namespace, draft, _patience_s(session))
+    session.reply(command, "publish")
+
+
+def _patience_s(session: "Session") -> float:
+    """What is left of the time in which an SDK waits for its reply, since commands queue behind one another."""
+    left = session.arrived + session.node.patience_s - session.node.clock()
+    if left <= 0:
+        raise Refused(INTERNAL, "the commands before it took all of the publish timeout")
+    return left
+
+
+async def history(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.6."""
+    request = command.history
+    assert request is not None
+    channel = named(request.channel)
+    channels = session.node.channels
+    namespace = channels.known(channel)
+    channels.check_name(channel, namespace)
+    channels.require("history", session.identity, namespace, subscribed=channel in session.subscriptions)
+    most = session.node.settings.client.history_max_publication_limit
+    limit = most if request.limit < 0 else min(request.limit, most)
+    result = await history_page(
+        session.node, session.outbox.wire.format, channel, namespace, limit, request.since, request.reverse
+    )
+    session.reply(command, "history", result)
+
+
+async def presence(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.5."""
+    assert command.presence is not None
+    channel = _presence_channel(session, command.presence)
+    members = await session.node.presence.members(channel, session.node.clock())
+    result = protocol.PresenceResult({client: protocol.client_info(info) for client, info in members.items()})
+    session.reply(command, "presence", result)
+
+
+async def presence_stats(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.5."""
+    assert command.presence_stats is not None
+    channel = _presence_channel(session, command.presence_stats)
+    clients, users = await session.node.presence.stats(channel, session.node.clock())
+    session.reply(command, "presence_stats", protocol.PresenceStatsResult(clients, users))
+
+
+def _presence_channel(session: "Session", request: protocol.ChannelRequest) -> str:
+    channel = named(request.channel)
+    namespace = session.node.channels.known(channel)
+    session.node.channels.check_name(channel, namespace)
+    session.node.channels.require("presence", session.identity, namespace, subscribed=channel in session.subscriptions)
+    return channel
+
+
+def rpc(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+    """PROTOCOL 4.7; ``publish`` is built in, and ``ping`` if ``rpc.ping.enabled``."""
+    request = command.rpc
+    assert request is not None
+    if request.method == "publish":
+        return _rpc_publish(session, command, protocol.given(request.data))
+    if request.method == "ping" and session.node.settings.rpc.ping.enabled:
+        session.reply(command, "rpc", protocol.RPCResult())
+        return None
+    raise Refused(NOT_AVAILABLE, f"no RPC method {request.method[:64]!r}")
+
+
+async def _rpc_publish(session: "Session", command: Command, data: bytes | None) -> None:
+    """Publish with an idempotency key, and learn the position."""
+    try:
+        request = _rpc_publish_request.decode(data or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(BAD_REQUEST, f"rpc publish takes channel, data, idempotency_key: {error}") from None
+    if not request.channel:
+        raise Refused(BAD_REQUEST, "rpc publish without channel")
+    namespace, draft = _draft(session, request.channel, protocol.given(request.data), request.idempotency_key)
+    appended = await session.node.publish(request.channel, namespace, draft, _patience_s(session))
+    position = appended.position
+    result = {"offset": position.offset, "epoch": position.epoch} if position.offset else {}
+    session.reply(command, "rpc", protocol.RPCResult(msgspec.Raw(msgspec.json.encode(result))))
+
+
+def send(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.8."""
+    raise Disconnected(UNSUPPORTED, "nobody here takes messages sent without reply")
+
+
+def ping(session: "Session", command: Command) -> None:
+    """PROTOCOL 3.4."""
+    raise Disconnected(MALFORMED, "the command ping is of protocol version 1")
+
+
+# --- refresh -----------------------------------------------------------------
+async def refresh(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.9."""
+    request = command.refresh
+    assert request is not None
+    if not request.token:
+        raise Disconnected(MALFORMED, "refresh without token")
+    try:
+        claims = await session.gate.keys.verified(
+            lambda: session.gate.connection.connection(request.token, session.node.clock())
+        )
+    except TokenExpired:
+        raise Disconnected(CONNECTION_EXPIRED, "refresh with an expired token") from None
+    except TokenInvalid as error:
+        raise Disconnected(INVALID_TOKEN, error.why) from None
+    if claims.user != session.user:
+        raise Disconnected(INVALID_TOKEN, "refresh with another user's token")
+    now = session.node.clock()
+    if claims.expire_at and claims.expire_at <= now:
+        raise Refused(EXPIRED, "the token's expire_at is past")
+    if claims.subs.keys() != session.granted:
+        raise Disconnected(INSUFFICIENT_STATE, "the refreshed token has other channels")
+    session.info = ClientInfo(session.user, session.client, json_info(claims.info))
+    session.expire_at = 0 if session.node.settings.client.insecure else claims.expire_at
+    session.plan()
+    session.reply(command, "refresh", protocol.RefreshResult(bool(session.expire_at), ttl_s(session.expire_at, now)))
+
+
+async def sub_refresh(session: "Session", command: Command) -> None:
+    """PROTOCOL 4.10; the channel may be missing, as one SDK leaves it out, and is then the token's."""
+    request = command.sub_refresh
+    assert request is not None
+    if request.type:
+        raise Refused(NOT_AVAILABLE, "shared poll is not offered")
+    if not request.token:
+        raise Refused(BAD_REQUEST, "sub_refresh without token")
+    if request.channel and request.channel not in session.subscriptions:
+        raise Refused(PERMISSION_DENIED, "sub_refresh of a channel that is not subscribed")
+    now = session.node.clock()
+    try:
+        claims = await session.gate.keys.verified(lambda: session.gate.subscription.subscription(request.token, now))
+    except TokenExpired:
+        subscription = session.subscriptions.get(request.channel)
+        at = subscription.expire_at if subscription else 0
+        session.reply(command, "sub_refresh", protocol.RefreshResult(bool(at), ttl_s(at, now)))
+        return
+    except TokenInvalid as error:
+        raise Disconnected(INVALID_TOKEN, error.why) from None
+    check_owner(session, claims.user, claims.client)
+    if request.channel and claims.channel != request.channel:
+        raise Disconnected(INVALID_TOKEN, "a subscription token is for another channel")
+    subscription = session.subscriptions.get(claims.channel)
+    if subscription is None:
+        raise Refused(PERMISSION_DENIED, "sub_refresh of a channel that is not subscribed")
+    if claims.expire_at and claims.expire_at <= now:
+        raise Refused(EXPIRED, "the subscription token's expire_at is past")
+    subscription.expire_at = claims.expire_at
+    session.plan()
+    session.reply(command, "sub_refresh", protocol.RefreshResult(bool(claims.expire_at), ttl_s(claims.expire_at, now)))
+
+
+async def history_page(
+    node: Node,
+    format: str,
+    channel: str,
+    namespace: Namespace,
+    limit: int,
+    since: protocol.StreamPosition | None,
+    reverse: bool,
+) -> protocol.HistoryResult:
+    """Answer a history command of a client or of the back end; PROTOCOL 4.6.
+
+    Raises ``Refused``: 107 for ``reverse`` from offset 0, 112 for another epoch.
+    """
+    if reverse and since is not None and not since.offset:
+        raise Refused(BAD_REQUEST, "history in reverse from offset 0")
+    page = await node.read(
+        channel, namespace, since=None if since is None else since.offset, limit=limit, reverse=reverse
+    )
+    if since is not None and since.epoch and since.epoch != page.top.epoch:
+        raise Refused(UNRECOVERABLE_POSITION, "history since a position of another epoch")
+    publications = page.publications
+    if reverse and since is not None and since.offset <= page.floor:
+        publications = ()
+    return protocol.HistoryResult(
+        [express(format, publication, page.top.epoch, namespace) for publication in publications],
+        page.top.epoch,
+        page.top.offset,
+    )
+
+
+class _RpcPublish(msgspec.Struct):
+    channel: str = ""
+    data: protocol.Payload = msgspec.UNSET
+    idempotency_key: str = ""
+
+
+_rpc_publish_request = msgspec.json.Decoder(_RpcPublish)
+
+
+METHODS: dict[str, Callable[["Session", Command], Coroutine[Any, Any, None] | None]] = {
+    "connect": connect,
+    "subscribe": subscribe,
+    "unsubscribe": unsubscribe,
+    "publish": publish,
+    "presence": presence,
+    "presence_stats": presence_stats,
+    "history": history,
+    "rpc": rpc,
+    "send": send,
+    "ping": ping,
+    "refresh": refresh,
+    "sub_refresh": sub_refresh,
+}

@@ -1,0 +1,278 @@
+"""How a subscription begins: may it, from where, and what its first reply says.
+
+The order matters more than anything here.  A subscription is registered before
+its page of history is read (``Node.subscribe``); its reply and its first step to
+going live happen in one loop turn (``begin``), so that nothing can come between.
+PROTOCOL 4.2, 8.2, 10, 11.
+"""
+
+import math
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from server import broker as wires
+from server import protocol
+from server.auth import Override, SubscribeOptions, TokenExpired, TokenInvalid
+from server.channels import Namespace, grant, unknown_type
+from server.errors import (
+    ALREADY_SUBSCRIBED,
+    BAD_REQUEST,
+    EXPIRED,
+    INTERNAL,
+    INVALID_TOKEN,
+    LIMIT_EXCEEDED,
+    MALFORMED,
+    PERMISSION_DENIED,
+    TOKEN_EXPIRED,
+    UNRECOVERABLE_POSITION,
+    Disconnected,
+    Refused,
+    Unavailable,
+)
+from server.hub import Subscription, express
+from server.observe import event
+from server.protocol import Command
+from server.stream import ClientInfo, Cursor, Page, Position, Publication, catch_up
+
+if TYPE_CHECKING:
+    from server.session import Session
+
+YEAR_S = 365 * 24 * 3600
+
+
+# --- subscribe ---------------------------------------------------------------
+def subscribe(session: "Session", command: Command) -> Coroutine[Any, Any, None]:
+    """PROTOCOL 4.2, 10.2."""
+    request = command.subscribe
+    assert request is not None
+    channels = session.node.channels
+    channel = named(request.channel)
+    channels.check_length(channel)
+    if channel in session.subscriptions:
+        raise Refused(ALREADY_SUBSCRIBED)
+    limit = session.node.settings.client.channel_limit
+    if len(session.subscriptions) >= limit:
+        raise Refused(LIMIT_EXCEEDED, f"look at client.channel_limit ({limit})")
+    namespace = channels.known(channel)
+    channels.check_name(channel, namespace)
+    if request.type:
+        raise Refused(unknown_type(request.type), f"subscription type {request.type} is not offered")
+    if request.delta not in ("", "fossil"):
+        raise Disconnected(MALFORMED, "an unknown delta type")
+    if request.tf is not msgspec.UNSET:
+        raise Refused(BAD_REQUEST, "tag filters are not offered")
+    return _subscribe_patiently(session, command, request, namespace)
+
+
+async def _subscribe_patiently(
+    session: "Session", command: Command, request: protocol.SubscribeRequest, namespace: Namespace
+) -> None:
+    channel = request.channel
+    options, expire_at = SubscribeOptions(None, None), 0
+    if request.token:
+        options, expire_at = await _admitted_by_token(session, channel, request.token)
+    else:
+        session.node.channels.may_subscribe(session.identity, channel, namespace)
+    if session.closed:
+        return
+    if channel in session.subscriptions:
+        raise Refused(ALREADY_SUBSCRIBED, "subscribed by the server meanwhile")
+    subscription, result, top = await join(session, channel, namespace, request, options, expire_at=expire_at)
+    if subscription.closed:
+        if not session.closed:
+            raise Refused(PERMISSION_DENIED, "unsubscribed by the server while subscribing")
+        return
+    session.reply(command, "subscribe", result)
+    begin(session, subscription, top)
+    if expire_at:
+        session.plan()
+
+
+async def _admitted_by_token(session: "Session", channel: str, token: str) -> tuple[SubscribeOptions, int]:
+    """What a subscription token grants, and until when; PROTOCOL 8.2."""
+    try:
+        claims = await session.gate.keys.verified(
+            lambda: session.gate.subscription.subscription(token, session.node.clock())
+        )
+    except TokenExpired:
+        raise Refused(TOKEN_EXPIRED) from None
+    except TokenInvalid as error:
+        raise Refused(PERMISSION_DENIED, error.why) from None
+    check_owner(session, claims.user, claims.client)
+    if claims.channel != channel:
+        raise Disconnected(INVALID_TOKEN, "a subscription token is for another channel")
+    if claims.expire_at and claims.expire_at <= session.node.clock():
+        raise Refused(EXPIRED, "the subscription token's expire_at is past")
+    return SubscribeOptions(claims.info, claims.data, claims.override), claims.expire_at
+
+
+def check_owner(session: "Session", user: str, client: str) -> None:
+    """Raises ``Disconnected(INVALID_TOKEN)`` for a subscription token of somebody else."""
+    if user != session.user:
+        raise Disconnected(INVALID_TOKEN, "a subscription token is for another user")
+    if client and client != session.client:
+        raise Disconnected(INVALID_TOKEN, "a subscription token is for another client")
+
+
+async def join(
+    session: "Session",
+    channel: str,
+    namespace: Namespace,
+    request: protocol.SubscribeRequest,
+    options: SubscribeOptions,
+    *,
+    expire_at: int = 0,
+    server_side: bool = False,
+) -> tuple[Subscription, protocol.SubscribeResult, Position | None]:
+    """Register, read, and work out the result; the caller replies and then calls ``_begin`` in the same turn.
+
+    The permission has been checked.  Also returns where history stood.
+    """
+    granted = grant(
+        session.node.channels,
+        session.identity,
+        namespace,
+        options.override,
+        positioned=request.positioned,
+        recoverable=request.recoverable,
+        join_leave=request.join_leave,
+    )
+    info = session.info
+    if options.info is not None:
+        info = ClientInfo(info.user, info.client, info.conn_info, json_info(options.info))
+    subscription = Subscription(session, session.outbox, channel, namespace, info)
+    subscription.server_side = server_side
+    subscription.positioned = granted.positioned
+    subscription.recoverable = granted.recoverable
+    subscription.present = granted.presence
+    subscription.leaves_word = granted.join_leave
+    subscription.expire_at = expire_at
+    session.subscriptions[channel] = subscription
+    since = Position(request.offset, request.epoch) if request.recover and granted.recoverable else None
+    try:
+        page = await session.node.subscribe(subscription, since)
+        if not subscription.closed:
+            await session.node.enter(subscription)
+        result = _result(session, subscription, request, since, page)
+    except BaseException:
+        session.drop(subscription)
+        raise
+    result.data = protocol.payload(json_info(options.data) if session.outbox.wire.format == "json" else options.data)
+    if expire_at:
+        result.expires, result.ttl = True, ttl_s(expire_at, session.node.clock())
+    subscription.joins = False if subscription.closed else granted.joins
+    return subscription, result, page.top if page is not None else None
+
+
+def _result(
+    session: "Session",
+    subscription: Subscription,
+    request: protocol.SubscribeRequest,
+    since: Position | None,
+    page: Page | None,
+) -> protocol.SubscribeResult:
+    """The result of a subscription, from the page that was read for it; places its cursor.  PROTOCOL 11.3, 11.4."""
+    result = protocol.SubscribeResult(positioned=subscription.positioned, recoverable=subscription.recoverable)
+    if page is None:
+        return result
+    top = page.top
+    position = top
+    if since is not None:
+        result.was_recovering = True
+        caught = catch_up(since, page)
+        limit = _recovery_limit(session, subscription.namespace)
+        result.recovered = caught.recovered and not (limit and top.offset - since.offset > limit)
+        if result.recovered:
+            position = caught.position
+            missed = caught.publications
+            result.publications = _express(session, subscription.namespace, missed, top.epoch)
+            subscription.cursor = Cursor(Position(missed[-1].offset, top.epoch) if missed else position)
+            event("subscription.recovered", client=session.client, channel=subscription.channel, since=since, top=top)
+        else:
+            event(
+                "subscription.unrecoverable",
+                client=session.client,
+                channel=subscription.channel,
+                since=since,
+                top=top,
+                floor=page.floor,
+            )
+            if request.flag & 2:
+                raise Refused(UNRECOVERABLE_POSITION)
+    if not result.recovered:
+        subscription.cursor = Cursor(top)
+    if subscription.positioned:
+        result.offset, result.epoch = position.offset, position.epoch
+    return result
+
+
+def _express(
+    session: "Session", namespace: Namespace, publications: Sequence[Publication], epoch: str
+) -> list[protocol.Publication]:
+    format = session.outbox.wire.format
+    return [express(format, publication, epoch, namespace) for publication in publications]
+
+
+def _recovery_limit(session: "Session", namespace: Namespace) -> int:
+    return (
+        namespace.options.recovery_max_publication_limit or session.node.settings.client.recovery_max_publication_limit
+    )
+
+
+def begin(session: "Session", subscription: Subscription, top: Position | None) -> None:
+    """The reply is out: let the subscription go live, and say the join."""
+    if subscription.closed:
+        return
+    session.node.settle(subscription, top)
+    session.node.say_join(subscription)
+
+
+async def subscribe_by_order(session: "Session", order: wires.SubscribeOrder) -> None:
+    """Subscribe server-side, unasked, and say so with a push; PROTOCOL 5.6, 11.7."""
+    namespace = session.node.channels.namespace(order.channel)
+    if namespace is None:
+        return
+    request = protocol.SubscribeRequest(channel=order.channel)
+    if order.since is not None:
+        request.recover, request.offset, request.epoch = True, order.since.offset, order.since.epoch
+    options = SubscribeOptions(order.info, order.data, Override(**order.override))
+    try:
+        subscription, result, top = await join(
+            session, order.channel, namespace, request, options, expire_at=order.expire_at, server_side=True
+        )
+    except (Unavailable, protocol.Inexpressible) as error:
+        event("command.refused", client=session.client, method="subscribe", code=INTERNAL.code, why=str(error))
+        return
+    if subscription.closed:
+        return
+    if result.recovered and result.publications:
+        # The push has no room for publications: they follow as ordinary pushes.
+        subscription.cursor = Cursor(Position(result.offset, result.epoch))
+    session.push(
+        order.channel,
+        "subscribe",
+        protocol.Subscribe(result.recoverable, result.epoch, result.offset, result.positioned, result.data),
+    )
+    begin(session, subscription, top)
+    session.plan()
+
+
+def named(channel: str) -> str:
+    """The channel of a command; raises ``Disconnected(MALFORMED)`` if it has none (PROTOCOL 3.4)."""
+    if not channel:
+        raise Disconnected(MALFORMED, "a command without channel")
+    return channel
+
+
+def ttl_s(expire_at: int, now: float) -> int:
+    """Seconds until ``expire_at``, at least 1, at most a year; 0 if it never comes (PROTOCOL 8.3)."""
+    return min(max(1, math.ceil(expire_at - now)), YEAR_S) if expire_at else 0
+
+
+def json_info(info: bytes | None) -> bytes | None:
+    """Info as JSON: bytes that are none (``b64info``) become a base64 string, so that everybody can be shown them."""
+    if info is None or protocol.is_json(info):
+        return info
+    return msgspec.json.encode(info)

@@ -1,0 +1,573 @@
+"""The chat page in a real browser, against a real server that is killed, starts over, or answers strangely."""
+
+import asyncio
+import json
+import re
+import signal
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.async_api import Browser, Page, WebSocketRoute, async_playwright, expect
+from support import Client, Process, config
+
+PATIENCE_MS = 15_000
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = (
+    "--no-sandbox",
+    "--headless",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+UNREACHABLE = re.compile(r"^WebSocket connection to '[^']*' failed: ")
+READ = """items => items.map(item => ({
+    name: item.querySelector('.name').textContent,
+    text: item.querySelector('.text').textContent,
+    time: item.querySelector('time').dateTime,
+}))"""
+WHERE = "element => { const at = element.getBoundingClientRect(); return [at.left, at.top, at.right, at.bottom] }"
+CONTRAST = """element => {
+    const light = colour => {
+        const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255)
+            .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    let behind = element;
+    while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+    const pair = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(light);
+    return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+}"""
+
+
+LOSE = {"id": 4_000_000_000, "unsubscribe": {"channel": "chat:lobby"}}
+"""A command that no page sends; its reply is turned into an unsubscribe push."""
+
+
+class Tab:
+    """One tab of its own visitor, and all that went over its WebSockets.
+
+    ``sent`` and ``received`` are commands and replies as dicts, ``sockets`` the
+    number of connections tried; ``faults`` is what the console complained of.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.sent: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
+        self.faults: list[str] = []
+        self.sockets = 0
+        self._news = asyncio.Event()
+        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("websocket", self._watch)
+
+    def _watch(self, socket: Any) -> None:
+        self.sockets += 1
+        socket.on("framesent", lambda frame: self._note(self.sent, frame))
+        socket.on("framereceived", lambda frame: self._note(self.received, frame))
+
+    def _note(self, log: list[dict[str, Any]], frame: str | bytes) -> None:
+        log.extend(_messages(frame))
+        self._news.set()
+
+    async def until(self, done: Callable[[], bool]) -> None:
+        """Wait until ``done`` is true of what went over the wire."""
+        async with asyncio.timeout(PATIENCE_MS / 1000):
+            while not done():
+                self._news.clear()
+                await self._news.wait()
+
+    async def is_live(self) -> None:
+        """Wait until the page says that it is."""
+        await expect(self.page.locator("#what")).to_have_text("Live", timeout=PATIENCE_MS)
+
+    async def say(self, *texts: str) -> None:
+        """Write messages as a person does, whether they can be sent or not."""
+        for text in texts:
+            await self.page.fill("#text", text)
+            await self.page.press("#text", "Enter")
+
+    async def shows(self, count: int) -> None:
+        """Wait until exactly ``count`` messages of the room are there and none waits to be sent."""
+        await expect(self.page.locator("#messages .message")).to_have_count(count, timeout=PATIENCE_MS)
+        await expect(self.page.locator("#unsent li")).to_have_count(0, timeout=PATIENCE_MS)
+
+    async def messages(self) -> list[dict[str, str]]:
+        """What the page shows of each message, oldest first."""
+        return list(await self.page.eval_on_selector_all("#messages .message", READ))
+
+    async def texts(self) -> list[str]:
+        """The texts alone."""
+        return [message["text"] for message in await self.messages()]
+
+    def offsets(self) -> list[int]:
+        """The offsets of all publications that came by subscription, in order of arrival."""
+        found = []
+        for reply in self.received:
+            if "pub" in reply.get("push", {}):
+                found.append(reply["push"]["pub"]["offset"])
+            found += [publication["offset"] for publication in reply.get("subscribe", {}).get("publications", [])]
+        return found
+
+    def results(self, method: str) -> list[dict[str, Any]]:
+        """The results of all commands of this kind."""
+        return [reply[method] for reply in self.received if method in reply]
+
+
+def _messages(frame: str | bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in frame.split("\n")] if isinstance(frame, str) else []
+
+
+class Visitors:
+    """Makes tabs in one browser; every one belongs to another visitor, with storage of its own."""
+
+    def __init__(self, browser: Browser, url: str) -> None:
+        self.browser = browser
+        self.url = url
+        self.tabs: list[Tab] = []
+
+    async def tab(
+        self,
+        name: str = "Ada",
+        *,
+        room: str = "",
+        route: Callable[[WebSocketRoute], None] | None = None,
+        size: tuple[int, int] = (1280, 800),
+        scheme: Literal["light", "dark"] = "light",
+    ) -> Tab:
+        """Open the page as a new visitor; ``route`` comes between it and the server."""
+        context = await self.browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, locale="en-GB"
+        )
+        tab = Tab(await context.new_page())
+        self.tabs.append(tab)
+        if route is not None:
+            await tab.page.route_web_socket(re.compile("/connection/websocket"), route)
+        await tab.page.goto(f"{self.url}/{room and '#' + room}")
+        await tab.page.fill("#name", name)
+        await tab.is_live()
+        return tab
+
+
+@asynccontextmanager
+async def visiting(url: str, *, outages: bool = False) -> AsyncIterator[Visitors]:
+    """A browser for visitors of ``url``.
+
+    In the end no console may have complained, except, with ``outages``, about
+    connections that failed.
+    """
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            visitors = Visitors(browser, url)
+            yield visitors
+            faults = [fault for tab in visitors.tabs for fault in tab.faults]
+            assert not [fault for fault in faults if not (outages and UNREACHABLE.match(fault))]
+        finally:
+            await browser.close()
+
+
+async def kept(process: Process, room: str = "lobby") -> list[dict[str, str]]:
+    """The history of a room as the page would show it, asked for by a client that is no browser."""
+    client = await Client.connected(process.url)
+    history = await client.ask("history", channel=f"chat:{room}", limit=-1)
+    await client.close()
+    assert [publication["offset"] for publication in history["publications"]] == list(range(1, history["offset"] + 1))
+    return [
+        {
+            "name": publication["data"]["name"],
+            "text": publication["data"]["text"],
+            "time": datetime.fromtimestamp(publication["time"] / 1000, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
+        }
+        for publication in history["publications"]
+    ]
+
+
+def order(process: Process, method: str, **request: Any) -> None:
+    """Call the back-end API with the key of ``support.config``."""
+    call = urllib.request.Request(
+        f"{process.http}/api/{method}", json.dumps(request).encode(), {"X-API-Key": "api-key"}
+    )
+    with urllib.request.urlopen(call) as answer:
+        assert json.load(answer) == {"result": {}}
+
+
+def numbered(word: str, count: int) -> list[str]:
+    """Texts that tell who wrote them and in which order."""
+    return [f"{word} {number}" for number in range(1, count + 1)]
+
+
+async def test_two_visitors_and_a_server_killed_in_the_middle(tmp_path: Path) -> None:
+    """P2, P3, P5: what two visitors write around a kill -9 is there once, in order, for both, after a reload, too."""
+    with Process(tmp_path) as process:
+        async with visiting(process.http, outages=True) as visitors:
+            ada, grace = await visitors.tab("Ada"), await visitors.tab("Grace")
+            of_ada, of_grace = numbered("from Ada", 22), numbered("from Grace", 14)
+            await ada.say(*of_ada[:4])
+            await grace.say(*of_grace[:4])
+            await ada.shows(8)
+            await grace.shows(8)
+
+            await ada.say(*of_ada[4:14])
+            process.kill()
+            await ada.say(*of_ada[14:])
+            await grace.say(*of_grace[4:])
+            for tab in (ada, grace):
+                await expect(tab.page.locator("#what")).to_have_text("Reconnecting")
+                await expect(tab.page.locator("#countdown")).to_have_text(re.compile(r"^ in \d+ s$"))
+                await expect(tab.page.locator("#count")).to_have_text("Not connected")
+            await expect(grace.page.locator("#unsent small").last).to_have_text("Waits for the connection")
+
+            process.start()
+            for tab in (ada, grace):
+                await tab.is_live()
+                await tab.shows(len(of_ada) + len(of_grace))
+                await expect(tab.page.locator("#count")).to_have_text("2 here")
+                await expect(tab.page.locator("#notice")).to_be_hidden()
+            shown = await ada.messages()
+            assert await grace.messages() == shown
+            assert await kept(process) == shown
+            assert [message["text"] for message in shown if message["name"] == "Ada"] == of_ada
+            assert [message["text"] for message in shown if message["name"] == "Grace"] == of_grace
+            for tab in (ada, grace):
+                assert tab.offsets() == list(range(1, len(shown) + 1))
+                assert tab.results("subscribe")[-1].get("recovered") is True
+                await tab.page.reload()
+                await tab.is_live()
+                await tab.shows(len(shown))
+                assert await tab.messages() == shown
+                await expect(tab.page.locator("#name")).to_have_value("Ada" if tab is ada else "Grace")
+
+
+async def test_what_is_unsent_survives_a_reload(tmp_path: Path) -> None:
+    """What was written while the server was away is sent once, although the page was loaded anew before."""
+    with Process(tmp_path) as process:
+        async with visiting(process.http, outages=True) as visitors:
+            ada = await visitors.tab("Ada")
+            process.kill()
+            await expect(ada.page.locator("#what")).to_have_text("Reconnecting")
+            await ada.say("one", "two", "three")
+            process.start()
+            await ada.page.reload()
+            await ada.is_live()
+            await ada.shows(3)
+            assert await ada.texts() == ["one", "two", "three"]
+            assert await kept(process) == await ada.messages()
+
+
+async def test_the_reply_of_a_publication_gets_lost(tmp_path: Path) -> None:
+    """P5: answers "outcome unknown" and connections that end before the answer lead to a retry by the same key."""
+    fates = ["unknown", "cut", "unknown"]
+
+    def lossy(page: WebSocketRoute) -> None:
+        server = page.connect_to_server()
+
+        async def answer(frame: str | bytes) -> None:
+            for reply in _messages(frame):
+                fate = fates.pop() if "rpc" in reply and fates else ""
+                if fate == "unknown":
+                    page.send(
+                        json.dumps({"id": reply["id"], "error": {"code": 100, "message": "?", "temporary": True}})
+                    )
+                elif fate == "cut":
+                    await page.close(code=3012, reason="no pong")
+                    await server.close()
+                    return
+                else:
+                    page.send(json.dumps(reply))
+
+        server.on_message(answer)
+
+    with Process(tmp_path) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada", route=lossy)
+            await ada.say("one", "two")
+            await ada.shows(2)
+            assert not fates
+            assert await ada.texts() == ["one", "two"]
+            assert await kept(process) == await ada.messages()
+
+
+async def test_insufficient_state_resubscribes(tmp_path: Path) -> None:
+    """PROTOCOL 7.3, 11.2: after an unsubscribe push 2500 the page subscribes again from where it stood."""
+    asked: list[dict[str, Any]] = []
+    routes: list[tuple[WebSocketRoute, WebSocketRoute]] = []
+
+    def tap(page: WebSocketRoute) -> None:
+        server = page.connect_to_server()
+        routes.append((page, server))
+
+        def ask(frame: str | bytes) -> None:
+            asked.extend(command["subscribe"] for command in _messages(frame) if "subscribe" in command)
+            server.send(frame)
+
+        def answer(frame: str | bytes) -> None:
+            for reply in _messages(frame):
+                if reply.get("id") == LOSE["id"]:
+                    push = {"channel": "chat:lobby", "unsubscribe": {"code": 2500, "reason": "insufficient state"}}
+                    page.send(json.dumps({"push": push}))
+                else:
+                    page.send(json.dumps(reply))
+
+        page.on_message(ask)
+        server.on_message(answer)
+
+    with Process(tmp_path) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada", route=tap)
+            grace = await visitors.tab("Grace")
+            await ada.say("one")
+            await grace.shows(1)
+            ((_, server),) = routes
+            server.send(json.dumps(LOSE))
+            await grace.say("two")
+            await ada.shows(2)
+            await ada.is_live()
+            assert await ada.messages() == await grace.messages() == await kept(process)
+            first, second = asked
+            assert "recover" not in first
+            assert second["recover"] is True
+            assert second["offset"] in (1, 2)
+            assert second["epoch"]
+
+
+async def test_history_that_is_gone(tmp_path: Path) -> None:
+    """PROTOCOL 11.3: when the numbering began anew while one was away, the page says so and shows what there is."""
+    with Process(tmp_path) as process:
+        async with visiting(process.http, outages=True) as visitors:
+            ada = await visitors.tab("Ada")
+            await ada.say("of the old life", "this one, too")
+            await ada.shows(2)
+            process.kill()
+            await expect(ada.page.locator("#what")).to_have_text("Reconnecting")
+            for file in list(tmp_path.glob("waterspout.db*")):  # noqa: ASYNC240
+                file.unlink()
+            process.start()
+            raw = await Client.connected(process.url)
+            await raw.ask("publish", channel="chat:lobby", data={"name": "Grace", "text": "of the new life"})
+            await raw.close()
+            await ada.is_live()
+            await expect(ada.page.locator("#notice")).to_contain_text("no longer has all")
+            await ada.shows(1)
+            assert await ada.messages() == await kept(process)
+
+            await ada.page.click("text=Dismiss")
+            await expect(ada.page.locator("#notice")).to_be_hidden()
+            await ada.say("on we go")
+            await ada.shows(2)
+            assert await ada.texts() == ["of the new life", "on we go"]
+
+
+async def test_only_the_last_of_a_long_history(tmp_path: Path) -> None:
+    """The first load shows the last 50 messages, in order, and the newest is in view."""
+    with Process(tmp_path) as process:
+        raw = await Client.connected(process.url)
+        for text in numbered("message", 70):
+            await raw.ask("publish", channel="chat:long", data={"name": "Grace", "text": text})
+        await raw.close()
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada", room="long")
+            await ada.shows(50)
+            assert await ada.messages() == (await kept(process, "long"))[20:]
+            await expect(ada.page.locator(".message").last).to_be_in_viewport()
+            await ada.page.locator("#log").evaluate("log => { log.scrollTop = 0 }")
+            await expect(ada.page.locator("#down")).to_be_visible()
+            await ada.page.click("#down")
+            await expect(ada.page.locator(".message").last).to_be_in_viewport()
+
+
+async def test_what_others_write_stays_text(tmp_path: Path) -> None:
+    """P8: markup, and payloads that are no message at all, are shown as text and break nothing."""
+    markup = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>&amp;"
+    odd: list[Any] = [
+        {"name": markup, "text": markup},
+        {"name": {"toString": 1}, "text": ["x"], "id": {"a": 1}},
+        {"name": "   ", "text": ""},
+        "a string",
+        17,
+        True,
+        [None, {"text": "deep"}],
+        {"__proto__": {"name": "taken"}, "constructor": None},
+        {"name": "\u202egnp.exe", "text": "x" * 20_000},
+    ]
+    with Process(tmp_path) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada")
+            raw = await Client.connected(process.url)
+            for data in odd:
+                await raw.ask("publish", channel="chat:lobby", data=data)
+            await raw.close()
+            await ada.say(markup)
+            await ada.shows(len(odd) + 1)
+            texts = await ada.texts()
+            assert texts[0] == texts[-1] == markup
+            assert texts[3:6] == ["a string", "17", "true"]
+            assert (await ada.messages())[0]["name"] == markup[:40]
+            assert await ada.page.title() == "lobby – Waterspout"
+            assert await ada.page.locator("#log img, #log script, #people img").count() == 0
+            assert await ada.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            await ada.page.reload()
+            await ada.shows(len(odd) + 1)
+            assert await ada.texts() == texts
+
+
+async def test_sent_away_for_good(tmp_path: Path) -> None:
+    """PROTOCOL 7.2: after a code of 3500 to 3999 the page says why and stays away until it is told otherwise."""
+    with Process(tmp_path, config()) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada")
+            order(process, "disconnect", user="", disconnect={"code": 3100, "reason": "come back"})
+            await expect(ada.page.locator("#what")).to_have_text("Reconnecting")
+            await ada.is_live()
+            order(process, "disconnect", user="")
+            await expect(ada.page.locator("#what")).to_have_text("Disconnected: force disconnect (3503)")
+            await expect(ada.page.locator("#countdown")).to_be_empty()
+            await ada.say("later")
+            await expect(ada.page.locator("#unsent small")).to_have_text("Waits for the connection")
+            assert ada.sockets == 2
+            await ada.page.click("text=Connect again")
+            await ada.is_live()
+            await ada.shows(1)
+            assert ada.sockets == 3
+
+
+async def test_taken_out_of_the_room(tmp_path: Path) -> None:
+    """PROTOCOL 7.3: after an unsubscribe below 2500 the page says why and does not join by itself, nor after a cut."""
+    with Process(tmp_path, config()) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada")
+            order(process, "unsubscribe", user="", channel="chat:lobby")
+            outside = "Not in this room: server unsubscribe (2000)"
+            await expect(ada.page.locator("#what")).to_have_text(outside)
+            order(process, "disconnect", user="", disconnect={"code": 3100, "reason": "come back"})
+            await expect(ada.page.locator("#what")).to_have_text("Reconnecting")
+            await expect(ada.page.locator("#what")).to_have_text(outside, timeout=PATIENCE_MS)
+            assert len(ada.results("subscribe")) == 1
+            await ada.page.click("text=Join again")
+            await ada.is_live()
+            await ada.say("back")
+            await ada.shows(1)
+
+
+async def test_a_refused_message_says_so(tmp_path: Path) -> None:
+    """A message that the server refuses for good stays visible with the reason, and those after it are sent."""
+    chat = {"name": "chat", "allow_subscribe_for_client": True, "allow_subscribe_for_anonymous": True}
+    hall = {**chat, "name": "hall", "allow_publish_for_client": True, "allow_publish_for_anonymous": True}
+    with Process(tmp_path, config(channel={"namespaces": [chat, hall]})) as process:
+        async with visiting(process.http) as visitors:
+            ada = await visitors.tab("Ada")
+            await ada.say("may I?", "and now?")
+            notes = ada.page.locator("#unsent small")
+            await expect(notes).to_have_text(["Not sent: permission denied (103)"] * 2)
+            await expect(ada.page.locator("#what")).to_have_text("Live")
+
+
+async def test_a_server_that_falls_silent(tmp_path: Path) -> None:
+    """PROTOCOL 2.4: pings are answered, and without a sign of life for the interval and 10 s the page reconnects."""
+    quick = config(client={"ping_interval": "2s", "pong_timeout": "1s"})
+    with Process(tmp_path, quick) as process:
+        async with visiting(process.http, outages=True) as visitors:
+            ada = await visitors.tab("Ada")
+            await ada.page.clock.install()
+            await ada.page.reload()
+            await ada.is_live()
+            await ada.until(lambda: {} in ada.received and {} in ada.sent)
+            assert process.popen is not None
+            process.popen.send_signal(signal.SIGSTOP)
+            try:
+                await ada.page.clock.fast_forward(13_000)
+                await expect(ada.page.locator("#what")).to_have_text(re.compile("Reconnecting|Connecting…"))
+            finally:
+                process.popen.send_signal(signal.SIGCONT)
+            await ada.is_live()
+
+
+async def test_rooms_and_who_is_here(tmp_path: Path) -> None:
+    """Rooms are apart, whatever their name; people come and go in view; the keyboard is enough for all of it."""
+    with Process(tmp_path) as process:
+        async with visiting(process.http) as visitors:
+            ada, grace = await visitors.tab("Ada"), await visitors.tab("Grace")
+            people = ada.page.locator("#people li")
+            await grace.say("hello")
+            await ada.shows(1)
+            await expect(ada.page.locator("#count")).to_have_text("2 here")
+            await expect(people.filter(has_text="Ada (you)")).to_have_count(1)
+            await expect(people.filter(has_text="Grace")).to_have_count(1)
+
+            await grace.page.focus("#room")
+            await grace.page.keyboard.press("Control+A")
+            await grace.page.keyboard.type("50% of: <us> #1 über")
+            await grace.page.keyboard.press("Enter")
+            await grace.is_live()
+            await grace.shows(0)
+            await expect(ada.page.locator("#count")).to_have_text("1 here")
+            await expect(grace.page.locator("#text")).to_be_focused()
+            await grace.page.keyboard.type("nobody")
+            await grace.page.keyboard.press("Shift+Enter")
+            await grace.page.keyboard.type("listens")
+            await grace.page.keyboard.press("Tab")
+            await expect(grace.page.locator("#say button")).to_be_focused()
+            await grace.page.keyboard.press("Enter")
+            await grace.shows(1)
+            assert await grace.texts() == ["nobody\nlistens"]
+            assert await ada.texts() == ["hello"]
+
+            third = await visitors.tab("Third", room=grace.page.url.partition("#")[2])
+            await third.shows(1)
+            await expect(third.page.locator("#room")).to_have_value("50% of: <us> #1 über")
+            await grace.page.go_back()
+            await grace.is_live()
+            await grace.shows(1)
+            assert await grace.texts() == ["hello"]
+            await grace.page.context.close()
+            await expect(ada.page.locator("#count")).to_have_text("1 here")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_fits_and_can_be_read(tmp_path: Path, scheme: Literal["light", "dark"]) -> None:
+    """On a phone, a tablet and a desk nothing is cut off, and text has the contrast of WCAG AA (4.5 to 1)."""
+    sizes: Sequence[tuple[int, int]] = ((360, 740), (768, 1024), (1280, 800))
+    with Process(tmp_path) as process:
+        async with visiting(process.http, outages=True) as visitors:
+            tabs = [await visitors.tab("Ada", size=size, scheme=scheme) for size in sizes]
+            await tabs[0].say(*numbered("a message of some length that wraps on a phone, and then some", 15), "x" * 300)
+            for tab in tabs:
+                await tab.shows(16)
+            process.kill()
+            for tab in tabs:
+                await expect(tab.page.locator("#again")).to_be_visible()
+                await tab.say("waits")
+            for tab, (width, height) in zip(tabs, sizes, strict=True):
+                page = tab.page
+                await expect(page.locator("#unsent small")).to_be_in_viewport(ratio=1)
+                assert await page.evaluate("[document.documentElement.scrollWidth, innerHeight]") == [width, height]
+                for place in ("#state", "#again", "#room", "#name", "#count", "#log", "#text", "#say button"):
+                    left, top, right, bottom = await page.locator(place).evaluate(WHERE)
+                    assert left >= 0, place
+                    assert top >= 0, place
+                    assert right <= width, place
+                    assert bottom <= height, place
+                for text in (
+                    "h1",
+                    "#what",
+                    "header label",
+                    "#count",
+                    ".name",
+                    ".text",
+                    "time",
+                    ".face",
+                    "#unsent small",
+                ):
+                    assert await page.locator(text).last.evaluate(CONTRAST) >= 4.5, text
+                for button in ("#say button", "#again"):
+                    assert await page.locator(button).evaluate(CONTRAST) >= 4.5, button
