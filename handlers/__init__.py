@@ -1,6 +1,7 @@
 """Everything that knows Tornado; here the whole URL table."""
 
 import ipaddress
+import time
 from pathlib import Path
 
 import tornado.routing
@@ -8,6 +9,7 @@ import tornado.web
 
 from handlers.api import Api, ApiHandler
 from handlers.base import PageHandler
+from handlers.door import Door
 from handlers.health import LiveHandler
 from handlers.socket import SocketHandler, Sockets
 from server.node import Node
@@ -26,6 +28,7 @@ def make_sockets(node: Node, gate: Gate) -> Sockets:
         queue_max_size=settings.client.queue_max_size,
         outbox_stall_timeout_s=settings.client.outbox_stall_timeout,
         user_id_http_header=settings.client.user_id_http_header,
+        refusal=Door(node, time.monotonic).refusal,
         trusted_proxies=[ipaddress.ip_network(network) for network in settings.http_server.trusted_proxies],
     )
 

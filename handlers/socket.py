@@ -511,6 +511,7 @@ class SocketOutbox(Outbox):
             if self._backlog is None:
                 self._goodbye_said()
         elif self._state in (State.OPEN, State.SLOW):
+            event("connection.violated", code=violation.code, reason=violation.reason)
             self._say_goodbye(State.BROKEN, violation.code, violation.reason)
             self._tell_gone()
 
@@ -770,7 +771,8 @@ class Sockets:
     ``connect`` makes their sessions.  ``queue_max_size`` and
     ``message_size_limit`` are bytes, ``outbox_stall_timeout_s`` seconds
     (PROTOCOL 18).  ``user_id_http_header`` is a header's name that sessions want
-    to see, "" for none.  Must be made on the running loop.
+    to see, "" for none.  ``refusal`` names the setting that keeps the next client
+    out, or gives ``None``.  Must be made on the running loop.
     """
 
     def __init__(
@@ -783,10 +785,12 @@ class Sockets:
         outbox_stall_timeout_s: float = 10.0,
         user_id_http_header: str = "",
         trusted_proxies: Sequence[Network] = (),
+        refusal: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.allowed_origins = tuple(allowed_origins)
         self.trusted_proxies = tuple(trusted_proxies)
         self.wanted_headers = tuple(name.lower() for name in ("user-agent", user_id_http_header) if name)
+        self.refusal = refusal
         self._connect = connect
         self._message_size_limit = message_size_limit
         self._wires = {
@@ -849,7 +853,7 @@ class SocketHandler(JsonHandler):
         self.sockets = sockets
 
     async def get(self) -> None:
-        """Shake hands and adopt the socket, or answer 400, 403 or 426 with the reason."""
+        """Shake hands and adopt the socket, or answer 400, 403, 426 or 503 with the reason."""
         headers = self.request.headers
         fault = handshake_fault(
             self.request.version,
@@ -871,6 +875,11 @@ class SocketHandler(JsonHandler):
         if not origin_allowed(origin, self.sockets.allowed_origins):
             event("connection.refused", why="client.allowed_origins", origin=origin, address=address)
             self._refuse(403, "this origin may not connect")
+            return
+        refusal = self.sockets.refusal()
+        if refusal is not None:
+            event("connection.refused", why=refusal, origin=origin, address=address)
+            self._refuse(503, "too many connections, try again later")
             return
         format, subprotocol = negotiate(
             headers.get("Sec-WebSocket-Protocol", ""),

@@ -256,7 +256,9 @@ async def history(session: "Session", command: Command) -> None:
     channels.check_name(channel, namespace)
     channels.require("history", session.identity, namespace, subscribed=channel in session.subscriptions)
     most = session.node.settings.client.history_max_publication_limit
-    limit = most if request.limit < 0 else min(request.limit, most)
+    limit = request.limit
+    if most and not 0 <= limit <= most:
+        limit = most
     result = await history_page(
         session.node, session.outbox.wire.format, channel, namespace, limit, request.since, request.reverse
     )
@@ -347,7 +349,7 @@ async def refresh(session: "Session", command: Command) -> None:
         raise Refused(EXPIRED, "the token's expire_at is past")
     if claims.subs.keys() != session.granted:
         raise Disconnected(INSUFFICIENT_STATE, "the refreshed token has other channels")
-    session.info = ClientInfo(session.user, session.client, json_info(claims.info))
+    session.renew_info(claims.info)
     session.expire_at = 0 if session.node.settings.client.insecure else claims.expire_at
     session.plan()
     session.reply(command, "refresh", protocol.RefreshResult(bool(session.expire_at), ttl_s(session.expire_at, now)))

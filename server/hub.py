@@ -84,6 +84,7 @@ class Subscription:
         "expire_at",
         "feed",
         "info",
+        "joined",
         "joins",
         "leaves_word",
         "live",
@@ -117,6 +118,8 @@ class Subscription:
         """Is it told of joins and leaves?  Set once its reply is out."""
         self.leaves_word = False
         """Are others told when it joins and leaves?"""
+        self.joined = False
+        """Have they been told that it joined?"""
         self.expire_at = 0
 
     def __repr__(self) -> str:

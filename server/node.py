@@ -29,7 +29,7 @@ from server.observe import event
 from server.presence import Presence
 from server.protocol import MAX_OFFSET
 from server.settings import Settings
-from server.stream import ClientInfo, Cursor, Page, Position, Publication, Verdict, catch_up
+from server.stream import ClientInfo, Page, Position, Publication, Verdict, catch_up
 from server.timetable import Timetable
 
 T = TypeVar("T")
@@ -97,6 +97,8 @@ class Node:
         self.clock = clock
         self.channels = Channels(settings.channel)
         self.hub = Hub(lambda call: asyncio.get_running_loop().call_soon(call))
+        self.connections = 0
+        """How many clients are here, connected or about to be."""
         self.sessions: dict[str, Session] = {}
         self.users: defaultdict[str, dict[str, Session]] = defaultdict(dict)
         self.timetable: Timetable[Session] = Timetable()
@@ -182,13 +184,13 @@ class Node:
         after ``patience_s`` (default: the configured publish timeout), and
         ``errors.Refused`` when the channel's queue is full.
         """
+        if len(draft.key) > 256:
+            raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
         if namespace.retention is None:
             if draft.key and self._repeated(channel, draft.key):
                 return Appended(Position(), repeated=True)
             self.publish_passing(channel, Publication(draft.data, info=draft.info, tags=draft.tags))
             return Appended(Position())
-        if len(draft.key) > 256:
-            raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
         return await self._patiently(
             self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
         )
@@ -457,11 +459,11 @@ class Node:
         repair = self._mend(subscription.channel, patiently=False)
         if repair is not None:
             await asyncio.shield(repair)
-        return Step.LIVE if subscription.closed else self.hub.go_live(subscription)
-
-    def place(self, subscription: Subscription, position: Position) -> None:
-        """Set where a subscription stands, from its first page or the top."""
-        subscription.cursor = Cursor(position)
+        if subscription.closed:
+            return Step.LIVE
+        step = self.hub.go_live(subscription)
+        # The channel is as far as history now; if they still do not meet, history has to judge the other one.
+        return Step.READ if step is Step.REPAIR else step
 
     def release(self, subscription: Subscription) -> None:
         """Take a subscription out of the hub; the last one of a channel lets go of the broker, too."""
@@ -478,7 +480,7 @@ class Node:
     # --- presence, joins and leaves --------------------------------------------
     async def enter(self, subscription: Subscription) -> None:
         """Enter a subscription into presence if its channel keeps that; raises ``errors.Unavailable``."""
-        if subscription.present:
+        if subscription.present and not subscription.closed:
             await self.presence.add(subscription.channel, subscription.info)
             if subscription.closed:
                 await self.presence.remove(subscription.channel, subscription.info.client)
@@ -486,6 +488,7 @@ class Node:
     def say_join(self, subscription: Subscription) -> None:
         """Tell the channel that somebody subscribed, if it emits joins; after the reply."""
         if subscription.leaves_word:
+            subscription.joined = True
             self.hub.tell(subscription.channel, "join", subscription.info)
             self.broker.announce(Joined(subscription.channel, subscription.info))
 
@@ -496,7 +499,7 @@ class Node:
                 await self.presence.remove(subscription.channel, subscription.info.client)
             except Unavailable as error:
                 event("presence.unavailable", why=error)
-        if subscription.leaves_word:
+        if subscription.joined:
             self.say_leave(subscription.channel, subscription.info)
 
     def say_leave(self, channel: str, info: ClientInfo) -> None:

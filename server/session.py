@@ -126,6 +126,7 @@ class Session:
         self.granted: frozenset[str] = frozenset()
         self.arrived = 0.0
         self._stale_at = node.clock() + node.settings.client.stale_close_delay
+        node.connections += 1
         node.timetable.put(self, self._stale_at)
         event("connection.opened", client=self.client, transport=request.transport, address=request.remote_addr)
 
@@ -325,10 +326,20 @@ class Session:
             return
         self.expire_at = order.expire_at
         if order.info is not None:
-            self.info = ClientInfo(self.user, self.client, json_info(order.info))
+            self.renew_info(order.info)
         self.plan()
         ttl = ttl_s(order.expire_at, self.node.clock())
         self.push("", "refresh", protocol.RefreshResult(bool(order.expire_at), ttl))
+
+    def renew_info(self, conn_info: bytes | None) -> None:
+        """Show others ``conn_info`` from now on, also where the client is subscribed and present; PROTOCOL 4.9."""
+        conn_info = json_info(conn_info)
+        if conn_info == self.info.conn_info:
+            return
+        self.info = ClientInfo(self.user, self.client, conn_info)
+        for subscription in self.subscriptions.values():
+            subscription.info = msgspec.structs.replace(subscription.info, conn_info=conn_info)
+            self.node.spawn(self.node.enter(subscription), f"enter {subscription.channel}")
 
     # --- time ------------------------------------------------------------------------
     def _pong(self, command: Command) -> None:
@@ -407,6 +418,7 @@ class Session:
         event("connection.closed", **fields)
         self.state = State.CLOSED
         self._inbox = None
+        self.node.connections -= 1
         self.node.timetable.remove(self)
         self.node.dismiss(self)
         self.leave_all()

@@ -19,6 +19,7 @@ from server.channels import Namespace, grant, unknown_type
 from server.errors import (
     ALREADY_SUBSCRIBED,
     BAD_REQUEST,
+    CONNECTION_CLOSED,
     EXPIRED,
     INTERNAL,
     INVALID_TOKEN,
@@ -128,8 +129,11 @@ async def join(
 ) -> tuple[Subscription, protocol.SubscribeResult, Position | None]:
     """Register, read, and work out the result; the caller replies and then calls ``_begin`` in the same turn.
 
-    The permission has been checked.  Also returns where history stood.
+    The permission has been checked.  Also returns where history stood.  Raises
+    ``Disconnected`` if the session ended before this could begin.
     """
+    if session.closed:
+        raise Disconnected(CONNECTION_CLOSED, "it ended before it was subscribed")
     granted = grant(
         session.node.channels,
         session.identity,
@@ -232,7 +236,7 @@ def begin(session: "Session", subscription: Subscription, top: Position | None) 
 async def subscribe_by_order(session: "Session", order: wires.SubscribeOrder) -> None:
     """Subscribe server-side, unasked, and say so with a push; PROTOCOL 5.6, 11.7."""
     namespace = session.node.channels.namespace(order.channel)
-    if namespace is None:
+    if namespace is None or session.closed or order.channel in session.subscriptions:
         return
     request = protocol.SubscribeRequest(channel=order.channel)
     if order.since is not None:

@@ -11,7 +11,7 @@ const $ = (id) => document.getElementById(id);
 // --- one room: its subscription, its position, who is here (4.2, 4.5, 4.6, 5, 11) ------------------------------------
 class Room {
   position = null; // {offset, epoch} up to which the page has everything, once subscribed
-  here = new Set();
+  here = null; // a set of client ids, once known
   outside = ''; // why we are not to join by ourselves
   #loaded = false;
   #turn = 0; // of `join`: a later one ends the earlier
@@ -28,6 +28,7 @@ class Room {
     const { socket } = connection;
     const over = () => room !== this || turn !== this.#turn || socket !== connection.socket;
     this.outside = '';
+    this.here = null;
     showState('joining', 'Joining…');
     for (let attempt = 0, joined = false; !over() && !(joined && this.#loaded); ) {
       try {
@@ -46,6 +47,7 @@ class Room {
 
   stayOutside(why) {
     this.outside = why;
+    this.here = null;
     showState('outside', `Not in this room: ${why}`, 'Join again');
   }
 
@@ -95,8 +97,8 @@ class Room {
   take({ channel, pub, join, leave, unsubscribe }) {
     if (channel !== this.channel) return; // of a room just left
     if (pub) this.#show(pub);
-    if (join) this.here.add(join.info.client);
-    if (leave) this.here.delete(leave.info.client);
+    if (join) this.here?.add(join.info.client);
+    if (leave) this.here?.delete(leave.info.client);
     soon(showPeople);
     if (unsubscribe?.code === 2502) this.forget();
     if (unsubscribe?.code >= 2500) this.join();
@@ -106,7 +108,7 @@ class Room {
   /** Ask who is here; a refusal changes nothing, and it is asked again in a minute. */
   refresh() {
     const took = ({ presence }) => {
-      if (room === this) this.here = new Set(Object.keys(presence));
+      if (!this.outside) this.here = new Set(Object.keys(presence));
       soon(showPeople);
     };
     connection.ask({ presence: { channel: this.channel } }, took).catch(() => {});
@@ -257,13 +259,14 @@ function showPeople() {
     by.firstElementChild.textContent,
   ]);
   const names = new Map([...speakers, [connection.client, `${$('name').value || 'Guest'} (you)`]]);
-  const here = connection.live ? [...room.here] : [];
+  const here = connection.live ? [...(room.here ?? [])] : [];
   const items = here.slice(0, 100).map((client) => {
     const item = document.createElement('li');
     item.textContent = names.get(client) ?? `Guest ${client.slice(0, 4)}`;
     return item;
   });
-  $('count').textContent = connection.live ? `${here.length} here` : 'Not connected';
+  const count = room.here ? `${here.length} here` : 'Who is here is not known';
+  $('count').textContent = connection.live ? count : 'Not connected';
   $('people').replaceChildren(...items);
 }
 
@@ -327,7 +330,7 @@ $('log').onscroll = () => {
 $('down').onclick = () => settle((atEnd = true));
 new ResizeObserver(() => soon(settle)).observe($('log'));
 setInterval(countDown, 500);
-setInterval(() => connection.live && room.refresh(), PRESENCE_MS);
+setInterval(() => state.kind === 'live' && room.refresh(), PRESENCE_MS);
 
 $('name').value = recall('localStorage', 'name') ?? `Guest ${100 + Math.floor(Math.random() * 900)}`;
 keep('localStorage', 'name', $('name').value);

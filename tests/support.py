@@ -120,6 +120,12 @@ class Site:
         """Where WebSocket clients connect."""
         return f"ws://127.0.0.1:{self.port}/connection/websocket"
 
+    async def clients(self, count: int) -> None:
+        """Wait until ``count`` clients have opened a connection, connected or not."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.node.timetable) < count:
+                await asyncio.sleep(0)
+
     def pass_time(self, seconds: float) -> None:
         """Move the clock and do the once-a-second work of each second passed."""
         for _ in range(int(seconds)):
@@ -254,7 +260,7 @@ class Client:
 
     Replies and pushes are dicts as on the JSON wire; with Protobuf, payloads are
     turned from and into JSON.  Pings are answered unless ``pongs`` is false, and
-    counted.
+    counted; ``ids`` are those of all replies so far, as they came.
     """
 
     def __init__(self, connection: websockets.ClientConnection, format: str, pongs: bool) -> None:
@@ -264,6 +270,7 @@ class Client:
         self.pings = 0
         self.pushes: list[dict[str, Any]] = []
         self.close_code: tuple[int, str] | None = None
+        self.ids: list[int] = []
         self._replies: dict[int, dict[str, Any]] = {}
         self._next = 0
         self._news = asyncio.Event()
@@ -394,6 +401,7 @@ class Client:
         elif "push" in reply:
             self.pushes.append(reply["push"])
         else:
+            self.ids.append(reply["id"])
             self._replies[reply["id"]] = reply
 
 

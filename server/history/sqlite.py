@@ -57,7 +57,6 @@ the space back.  The file does not shrink, its free pages are used again.
 import asyncio
 import fcntl
 import json
-import logging
 import os
 import sqlite3
 import sys
@@ -86,9 +85,8 @@ from server.history import (
     random_epoch,
 )
 from server.history.gathering import Commit, Gathering
+from server.observe import event
 from server.stream import ClientInfo, Page, Position, Publication
-
-_logger = logging.getLogger("waterspout.history")
 
 APPLICATION_ID = int.from_bytes(b"wspt", "big")
 SCHEMA_VERSION = 1
@@ -357,7 +355,7 @@ class SqliteHistory(History):
                 self._tell(commit, stored)
         else:
             if not isinstance(error, Unavailable):
-                _note(logging.ERROR, "history.batch_failed", fault=error, path=self._path)
+                event("history.batch_failed", fault=error, path=self._path)
             for commit in batch:
                 for waiter in self._gathering.fail(commit):
                     if not waiter.future.done():
@@ -374,7 +372,7 @@ class SqliteHistory(History):
                 self.on_commit(commit.channel, stored.epoch, stored.publications)
             except Exception as error:
                 # Our fault, but the commit stands, and the others in the batch are to be told.
-                _note(logging.ERROR, "history.listener_failed", fault=error, channel=commit.channel)
+                event("history.listener_failed", fault=error, channel=commit.channel)
         for waiter, outcome in self._gathering.settle(commit, stored.outcomes):
             if not waiter.future.done():
                 waiter.future.set_result(outcome)
@@ -435,14 +433,14 @@ class _Link:
             words = f"{self._path} {_reason(error)}"
             if self._worked and not self._faulty:
                 self._faulty = True
-                _note(logging.WARNING, f"history.{self._event}_failed", path=self._path, error=_reason(error))
+                event(f"history.{self._event}_failed", path=self._path, error=_reason(error))
             if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 self._drop()
             raise Unavailable(words) from error
         self._worked = True
         if self._faulty:
             self._faulty = False
-            _note(logging.INFO, f"history.{self._event}_recovered", path=self._path)
+            event(f"history.{self._event}_recovered", path=self._path)
         return result
 
     def _connection(self) -> sqlite3.Connection:
@@ -492,11 +490,6 @@ class _Link:
         if db is not None:
             with suppress(sqlite3.Error):
                 db.close()
-
-
-def _note(weight: int, event: str, *, fault: BaseException | None = None, **fields: str) -> None:
-    """Log an event with its fields, as the server's formatters expect it; from either thread."""
-    _logger.log(weight, event, extra={"fields": fields}, exc_info=fault)
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -7,7 +7,6 @@ formats (``KINDS``).  Nothing of the SDKs is patched.
 """
 
 import asyncio
-import base64
 import functools
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import centrifuge
 from cent import AsyncClient, PublishRequest
 from centrifuge import ClientEventHandler, ReplyError, StreamPosition, SubscriptionEventHandler
-from support import PATIENCE_S, Site, token
+from support import PATIENCE_S, Process, Site, token
 
 PUPPET = Path(__file__).parent / "js" / "puppet.mjs"
 PUPPET_LINE_BYTES = 16 * 1024 * 1024
@@ -295,9 +294,7 @@ class PythonPlayer(Player):
         self._said(channel, f"server_{event}" if channel else event, context)
 
     def _said(self, channel: str, event: str, context: Any) -> None:
-        if event == "publication":
-            self.tell(event, channel, self._publication(context.pub))
-        elif event == "server_publication":
+        if event == "publication" or event == "server_publication":
             self.tell(event, channel, self._publication(context.pub))
         elif event.removeprefix("server_") in ("join", "leave"):
             self.tell(event, channel, self._info(context.info))
@@ -583,3 +580,8 @@ def batched(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
 def signed(site: Site, ttl_s: int = 3600, **claims: Any) -> str:
     """A token that expires ``ttl_s`` after the server's now."""
     return token({"exp": int(site.clock()) + ttl_s, **claims})
+
+
+def complaints(server: Process) -> list[str]:
+    """The warnings and errors in the log of a server beside this process."""
+    return [line for line in server.log.read_text().splitlines() if " info " not in line]

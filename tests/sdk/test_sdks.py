@@ -5,6 +5,8 @@ PROTOCOL 2.3, 2.4, 4, 5, 8, 11, 14, 19.
 
 import asyncio
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from cent import (
     SubscribeRequest,
     UnsubscribeRequest,
 )
-from instruments import KINDS, Kind, Player, RefusedBySdk, Relay, back_end, playing, publish, signed
+from instruments import KINDS, Kind, Player, RefusedBySdk, Relay, Tokens, back_end, complaints, playing, publish, signed
 from support import OPEN, Client, Process, Site, config, serving, settings
 
 pytestmark = pytest.mark.parametrize("kind", KINDS, ids=str)
 
-VARIED = {"text": "zwölf\nZeilen, \u2028 and \"quotes\" 🎈", "list": [1, 2.5, None, True, {"": []}], "empty": {}}
+VARIED = {"text": 'zwölf\nZeilen, \u2028 and "quotes" 🎈', "list": [1, 2.5, None, True, {"": []}], "empty": {}}
 GIVEN: dict[str, Any] = {"name": "given", "history_size": 100, "history_ttl": "1h", "force_recovery": True}
 SHORT: dict[str, Any] = {"name": "short", **OPEN, "history_size": 5, "history_ttl": "1h", "force_recovery": True}
 
@@ -85,7 +87,10 @@ async def test_an_expired_token_is_replaced(kind: Kind) -> None:
 async def test_publishes_and_receives(kind: Kind) -> None:
     """What one client publishes the others get as it was, numbered, and with its publisher; it gets it itself, too."""
     async with serving() as site:
-        async with playing(kind, site.url, token=signed(site, sub="7", info=[1])) as ann, playing(kind, site.url) as bob:
+        async with (
+            playing(kind, site.url, token=signed(site, sub="7", info=[1])) as ann,
+            playing(kind, site.url) as bob,
+        ):
             assert await ann.subscribed("chat:1")
             subscribed = await bob.subscribed("chat:1")
             assert (subscribed["recoverable"], subscribed["positioned"]) == (True, True)
@@ -123,7 +128,9 @@ async def test_refusals_reach_the_application(kind: Kind) -> None:
         refused = {("publish", "nope:1"): 102, ("history", "live:1"): 108, ("rpc", ""): 108}
         for (order, channel), code in refused.items():
             with pytest.raises(RefusedBySdk) as caught:
-                await player.call(order, channel, **{"publish": {"data": 1}, "rpc": {"method": "no", "data": 1}}.get(order, {}))
+                await player.call(
+                    order, channel, **{"publish": {"data": 1}, "rpc": {"method": "no", "data": 1}}.get(order, {})
+                )
             assert caught.value.code == code
         await player.subscribe("nope:1")
         assert (await player.next("unsubscribed", "nope:1"))["code"] == 102
@@ -131,7 +138,7 @@ async def test_refusals_reach_the_application(kind: Kind) -> None:
 
 
 async def test_a_message_too_large_is_named(kind: Kind) -> None:
-    """A frame above the limit closes with 1009, which SDKs know (their code 3): JavaScript stays away, Python comes back."""
+    """A frame above the limit closes with 1009, code 3 to SDKs: the JavaScript one stays away, Python's comes back."""
     async with serving() as site, playing(kind, site.url) as player:
         publishing = asyncio.ensure_future(player.call("publish", "chat:1", data="x" * 70_000))
         event = "disconnected" if kind.sdk == "js" else "connecting"
@@ -312,7 +319,7 @@ async def test_learns_that_the_epoch_is_another(kind: Kind) -> None:
 
 
 async def test_state_is_loaded_when_history_is_gone(kind: Kind) -> None:
-    """With a state of its own the application is asked for it at first and after error 112, and misses nothing after."""
+    """With a state of its own the application is asked for it at first and after error 112; nothing is missed then."""
     with_short = settings(channel={"namespaces": [SHORT]})
     state = (0, "")
     async with serving(with_short) as site, Relay(site.port) as relay, back_end(site.port) as api:
@@ -389,13 +396,8 @@ async def test_a_kill_loses_nothing(kind: Kind, tmp_path: Path) -> None:
         assert complaints(server) == []
 
 
-def complaints(server: Process) -> list[str]:
-    """The warnings and errors in the log of a server beside this process."""
-    return [line for line in server.log.read_text().splitlines() if " info " not in line]
-
-
 # --- tokens that expire ----------------------------------------------------------------
-async def until(player: Player, site: Site, what: str, done: Any) -> None:
+async def until(player: Player, site: Site, what: str, done: Callable[[], bool]) -> None:
     """Let the client ask and the server answer until ``done``; what the client said before has then been heard."""
     for _ in range(1000):
         if done():
@@ -404,43 +406,40 @@ async def until(player: Player, site: Site, what: str, done: Any) -> None:
     raise AssertionError(f"after 1000 questions {what} is not so: {site.node.sessions}")
 
 
-def short_then_long(site: Site, **claims: Any) -> Any:
-    """Tokens, of which the first lasts one to two seconds and all others an hour."""
-    given: list[str] = []
+def short_lived(site: Site) -> Tokens:
+    """Tokens for user 42, of which the first two for each channel last one to two seconds and all others an hour."""
+    given: Counter[str] = Counter()
 
     def give(channel: str) -> str:
-        if channel:
-            claims["channel"] = channel
-        ttl_s = 3600 if given else math.ceil(site.clock()) - int(site.clock()) + 1
-        given.append(signed(site, ttl_s, **claims))
-        return given[-1]
+        given[channel] += 1
+        now = site.clock()
+        ttl_s = math.ceil(now) - int(now) + 1 if given[channel] <= 2 else 3600
+        return signed(site, ttl_s, sub="42", **({"channel": channel} if channel else {}))
 
     return give
 
 
-def _expiry(session: Any) -> int:
-    return int(session.expire_at)
-
-
-def _subscriptions(session: Any) -> dict[str, Any]:
-    return dict(session.subscriptions)
-
-
-async def test_a_connection_is_refreshed(kind: Kind) -> None:
-    """Before its token expires the SDK gets a new one, and the connection outlives the old one."""
-    impatient = settings(client={"expired_close_delay": "1s"})
-    async with serving(impatient) as site:
-        async with playing(kind, site.url, tokens=short_then_long(site, sub="42")) as player:
-            await player.next("asked")
-            (session,) = list(site.node.sessions.values())
-            soon = _expiry(session)
-            assert 0 < soon - site.clock() <= 2
-            await player.next("asked")
-            await until(player, site, "refreshed", lambda: _expiry(session) > soon)
+async def test_tokens_are_refreshed_again_and_again(kind: Kind) -> None:
+    """Each time a token runs out the SDK gets a new one; connection and subscription outlive all the old ones."""
+    impatient = {"expired_close_delay": "1s", "expired_sub_close_delay": "1s", "ping_interval": "60s"}
+    async with serving(settings(client=impatient)) as site:
+        async with playing(kind, site.url, tokens=short_lived(site)) as player:
+            await player.subscribed("$chat:vip", get_token=True)
+            session: Any = next(iter(site.node.sessions.values()))
+            subscription = session.subscriptions["$chat:vip"]
+            assert 0 < subscription.expire_at - site.clock() <= 2
+            for _ in range(3):
+                # The third question shows that the SDK understood how long the second token lasts.
+                await player.next("asked")
+                await player.next("asked", "$chat:vip")
+            later = site.clock() + 1000
+            await until(player, site, "the connection refreshed", lambda: session.expire_at > later)
+            await until(player, site, "the subscription refreshed", lambda: subscription.expire_at > later)
             site.pass_time(6)
-            await player.call("presence_stats", "live:1")
+            await player.call("publish", "$chat:vip", data="still here")
+            assert len(await player.publications("$chat:vip", 1)) == 1
+            assert not player.untaken("subscribing", "$chat:vip")
             assert not player.untaken("connecting")
-            assert list(site.node.sessions.values()) == [session]
 
 
 async def test_a_connection_that_is_not_refreshed_ends(kind: Kind) -> None:
@@ -471,27 +470,6 @@ async def test_a_subscription_token(kind: Kind) -> None:
             assert subscribed["data"] == {"seat": 7}
             (member,) = (await player.call("presence", "$live:vip2")).values()
             assert member["chan_info"] == "gold"
-
-
-async def test_a_subscription_is_refreshed(kind: Kind) -> None:
-    """Before its token expires the SDK gets a new one for that channel, and the subscription goes on."""
-    impatient = settings(client={"expired_sub_close_delay": "1s"})
-    async with serving(impatient) as site:
-        tokens = short_then_long(site, sub="42")
-        async with playing(kind, site.url, token=signed(site, sub="42"), tokens=tokens) as player:
-            await player.subscribed("$chat:vip", get_token=True)
-            await player.next("asked", "$chat:vip")
-            (session,) = list(site.node.sessions.values())
-            (subscription,) = _subscriptions(session).values()
-            soon = subscription.expire_at
-            assert 0 < soon - site.clock() <= 2
-            await player.next("asked", "$chat:vip")
-            await until(player, site, "refreshed", lambda: subscription.expire_at > soon)
-            site.pass_time(6)
-            await player.call("publish", "$chat:vip", data="still here")
-            assert len(await player.publications("$chat:vip", 1)) == 1
-            assert not player.untaken("subscribing", "$chat:vip")
-            assert not player.untaken("connecting")
 
 
 async def test_a_subscription_that_is_not_refreshed_ends(kind: Kind) -> None:
