@@ -115,7 +115,7 @@ def _welcome(
         version=f"waterspout {__version__}",
         expires=bool(session.expire_at),
         ttl=ttl_s(session.expire_at, now),
-        subs={subscription.channel: result for subscription, result, _ in joined},
+        subs={subscription.channel: result for subscription, result, _ in joined if not subscription.closed},
         ping=0 if native else int(settings.ping_interval),
         pong=not native and settings.ping_interval > 0,
         time=int(now * 1000) if settings.connect_include_server_time else 0,
@@ -164,7 +164,7 @@ def _name(session: "Session", user: str) -> None:
 
 def _wish(session: "Session", channel: str) -> Namespace | None:
     """The namespace of a channel named in connect's ``subs``, if one could subscribe to it (PROTOCOL 4.1)."""
-    namespace = session.node.channels.namespace(channel)
+    namespace = session.node.channels.namespace(named(channel))
     if namespace is None:
         raise Disconnected(MALFORMED, f"connect.subs names a channel of an unknown namespace: {channel[:64]!r}")
     try:
@@ -259,8 +259,17 @@ async def history(session: "Session", command: Command) -> None:
     limit = request.limit
     if most and not 0 <= limit <= most:
         limit = most
+    await session.make_room()
     result = await history_page(
-        session.node, session.outbox.wire.format, channel, namespace, limit, request.since, request.reverse
+        session.node,
+        session.outbox.wire.format,
+        channel,
+        namespace,
+        limit,
+        request.since,
+        request.reverse,
+        # What an answer weighs beside its payloads must fit as well.
+        max_bytes=session.node.settings.client.queue_max_size // 2,
     )
     session.reply(command, "history", result)
 
@@ -396,15 +405,22 @@ async def history_page(
     limit: int,
     since: protocol.StreamPosition | None,
     reverse: bool,
+    max_bytes: int = 2**31,
 ) -> protocol.HistoryResult:
     """Answer a history command of a client or of the back end; PROTOCOL 4.6.
 
+    Brings about ``max_bytes`` at most, but one publication if there is one.
     Raises ``Refused``: 107 for ``reverse`` from offset 0, 112 for another epoch.
     """
     if reverse and since is not None and not since.offset:
         raise Refused(BAD_REQUEST, "history in reverse from offset 0")
     page = await node.read(
-        channel, namespace, since=None if since is None else since.offset, limit=limit, reverse=reverse
+        channel,
+        namespace,
+        since=None if since is None else since.offset,
+        limit=limit,
+        max_bytes=max_bytes,
+        reverse=reverse,
     )
     if since is not None and since.epoch and since.epoch != page.top.epoch:
         raise Refused(UNRECOVERABLE_POSITION, "history since a position of another epoch")

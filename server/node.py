@@ -307,12 +307,19 @@ class Node:
 
     # --- reading --------------------------------------------------------------
     async def read(
-        self, channel: str, namespace: Namespace, *, since: int | None = None, limit: int, reverse: bool = False
+        self,
+        channel: str,
+        namespace: Namespace,
+        *,
+        since: int | None = None,
+        limit: int,
+        max_bytes: int = 2**31,
+        reverse: bool = False,
     ) -> Page:
         """A page of a kept channel's history as ``History.read`` gives it; raises ``errors.Unavailable``."""
         assert namespace.retention is not None, f"{channel!r} is a passing channel"
         reading = self.history.read(
-            channel, namespace.retention, self.now_ms, since=since, limit=limit, max_bytes=2**31, reverse=reverse
+            channel, namespace.retention, self.now_ms, since=since, limit=limit, max_bytes=max_bytes, reverse=reverse
         )
         return await self._patiently(reading, self.patience_s)
 

@@ -53,7 +53,7 @@ from server.node import Node
 from server.observe import event
 from server.outbox import Outbox, Request
 from server.protocol import Command
-from server.stream import ClientInfo
+from server.stream import PAGE_BYTES, ClientInfo
 from server.subscribing import json_info, ttl_s
 
 INBOX = 64
@@ -169,7 +169,7 @@ class Session:
                 self._work(commands[0], now)
                 return
             inbox = self._inbox = deque()
-        inbox.extend((command, now) for command in commands)
+        inbox.extend((command, now) for command in commands if not self._heard_pong(command))
         if not self._busy:
             self._work_on()
         if self._busy and len(inbox) > INBOX and not self._paused and not self.closed:
@@ -283,6 +283,14 @@ class Session:
         if not self.closed:
             self.node.hub.post(self.outbox, self.outbox.wire.frame(message))
 
+    async def make_room(self) -> None:
+        """Wait, before an answer that may be heavy, until the socket has taken most of those before it.
+
+        Raises ``Disconnected`` if it does not.
+        """
+        if self.outbox.waiting_bytes > PAGE_BYTES:
+            await self.outbox.drained()
+
     # --- the end of a subscription -------------------------------------------------
     def drop(self, subscription: Subscription) -> None:
         """Forget a subscription now; what others must learn of it is seen to beside us."""
@@ -346,6 +354,13 @@ class Session:
         if command.id or self._pong_by == math.inf:
             raise Disconnected(MALFORMED, "a command without method, or a pong that nobody asked for")
         self._pong_by = math.inf
+
+    def _heard_pong(self, command: Command) -> bool:
+        """Is this the pong we wait for?  It counts when it comes, not when the commands before it are done."""
+        if command.id or self._pong_by == math.inf or command.methods:
+            return False
+        self._pong_by = math.inf
+        return True
 
     def tick(self, now: float) -> None:
         """Look at what is due: connect, ping, pong, expiries; PROTOCOL 2.4, 8.3, 8.4."""

@@ -76,6 +76,7 @@ async def _subscribe_patiently(
         options, expire_at = await _admitted_by_token(session, channel, request.token)
     else:
         session.node.channels.may_subscribe(session.identity, channel, namespace)
+    await session.make_room()
     if session.closed:
         return
     if channel in session.subscriptions:

@@ -226,9 +226,18 @@ class Process:
         return self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> int:
+        self.send(number)
+        return self.wait()
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        if self.popen is not None:
+            self.popen.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for its end; returns its exit code."""
         if self.popen is None:
             return 0
-        self.popen.send_signal(number)
         code = self.popen.wait(PATIENCE_S)
         if self.popen.stdout is not None:
             self.popen.stdout.close()
@@ -260,7 +269,8 @@ class Client:
 
     Replies and pushes are dicts as on the JSON wire; with Protobuf, payloads are
     turned from and into JSON.  Pings are answered unless ``pongs`` is false, and
-    counted; ``ids`` are those of all replies so far, as they came.
+    counted; ``ids`` are those of all replies so far, as they came, and ``watch``
+    is called with each text frame as it is.
     """
 
     def __init__(self, connection: websockets.ClientConnection, format: str, pongs: bool) -> None:
@@ -271,6 +281,7 @@ class Client:
         self.pushes: list[dict[str, Any]] = []
         self.close_code: tuple[int, str] | None = None
         self.ids: list[int] = []
+        self.watch: Callable[[str], object] = str
         self._replies: dict[int, dict[str, Any]] = {}
         self._next = 0
         self._news = asyncio.Event()
@@ -305,24 +316,24 @@ class Client:
         """Send one WebSocket message."""
         await self.connection.send(frame)
 
-    def command(self, method: str, **request: Any) -> dict[str, Any]:
+    def command(self, method: str, /, **request: Any) -> dict[str, Any]:
         """A command with the next id."""
         self._next += 1
         return {"id": self._next, method: request}
 
-    async def ask(self, method: str, **request: Any) -> dict[str, Any]:
+    async def ask(self, method: str, /, **request: Any) -> dict[str, Any]:
         """Send one command and return its result; a refusal is an ``AssertionError``."""
         reply = await self.call(method, **request)
         assert method in reply, f"{method} was answered with {reply}"
         return dict(reply[method])
 
-    async def refused(self, method: str, **request: Any) -> int:
+    async def refused(self, method: str, /, **request: Any) -> int:
         """Send one command that must be refused; returns the error's code."""
         reply = await self.call(method, **request)
         assert "error" in reply, f"{method} was answered with {reply}"
         return int(reply["error"]["code"])
 
-    async def call(self, method: str, **request: Any) -> dict[str, Any]:
+    async def call(self, method: str, /, **request: Any) -> dict[str, Any]:
         """Send one command and return the whole reply."""
         command = self.command(method, **request)
         await self.send(command)
@@ -385,6 +396,8 @@ class Client:
     async def _read(self) -> None:
         try:
             async for message in self.connection:
+                if isinstance(message, str):
+                    self.watch(message)
                 for reply in _messages(message):
                     await self._take(reply)
                 self._news.set()
@@ -419,7 +432,6 @@ def _to_protobuf(command: Mapping[str, Any]) -> bytes:
     command = json.loads(json.dumps(command))
     for request in command.values():
         if isinstance(request, dict) and "data" in request:
-
             request["data"] = base64.b64encode(json.dumps(request["data"]).encode()).decode()
     return bytes(ParseDict(command, client_pb2.Command()).SerializeToString())
 
@@ -439,7 +451,6 @@ def _plain(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, str) and name in _PAYLOADS:
-
         return json.loads(base64.b64decode(value))
     if isinstance(value, str) and name in ("offset", "time"):
         return int(value)

@@ -89,6 +89,5 @@ async def test_recovers_all_at_a_constant_cost(kind: Kind, missed: int, tmp_path
             assert [one["data"]["n"] for one in came[:missed]] == list(range(2, missed + 2))
             assert sorted(one["data"]["n"] for one in came[missed:]) == list(range(missed + 2, end))
             assert not player.untaken("publication", CHANNEL)
-            print("GROWTH", missed, kind, before_kb, memory_kb(server, "VmRSS"), growth_kb, end - missed - 2)
             assert growth_kb < GROWTH_KB, f"{missed} missed publications cost {growth_kb} KiB"
         assert complaints(server) == []

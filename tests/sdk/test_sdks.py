@@ -122,6 +122,15 @@ async def test_tags_and_the_back_ends_publications(kind: Kind) -> None:
         assert publication == {"data": VARIED, "offset": 1, "info": None, "tags": {"lang": "de"}}
 
 
+async def test_calls_are_carried_out_in_turn(kind: Kind) -> None:
+    """Many publications at once from one client get their numbers in the order in which they were called."""
+    async with serving() as site, playing(kind, site.url) as player:
+        await player.subscribed("chat:1")
+        await asyncio.gather(*(player.call("publish", "chat:1", data=number) for number in range(1, 201)))
+        came = await player.publications("chat:1", 200)
+        assert [(one["offset"], one["data"]) for one in came] == [(n, n) for n in range(1, 201)]
+
+
 async def test_refusals_reach_the_application(kind: Kind) -> None:
     """A refused call raises with the server's code, and the connection goes on."""
     async with serving() as site, playing(kind, site.url) as player:

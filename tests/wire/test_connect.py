@@ -5,9 +5,10 @@ import time
 from typing import Any
 
 import pytest
-from support import KEPT, OPEN, Client, config, serving, settings, token
+from support import KEPT, OPEN, Client, serving, settings, token
 
-from server.settings import Settings, load
+from server import protobuf
+from server.settings import Settings
 
 FORMATS = pytest.mark.parametrize("format", ["json", "protobuf"])
 NOW = int(time.time())
@@ -274,8 +275,6 @@ async def test_a_channel_that_cannot_be_had_ends_the_others() -> None:
 
 
 def _publish_bytes(channel: str, data: bytes) -> bytes:
-    from server import protobuf
-
     return protobuf.prefixed(
         protobuf.Command(id=1, publish={"channel": channel, "data": data}).SerializeToString()
     )
@@ -292,20 +291,6 @@ async def test_personal_channel() -> None:
         assert "subs" not in nobody.hello
         both = await Client.connected(site.url, token=token({"sub": "bob", "channels": ["live:1"]}))
         assert set(both.hello["subs"]) == {"own:#bob", "live:1"}
-
-
-async def test_a_personal_channel_in_an_unknown_namespace_is_refused() -> None:
-    """PROTOCOL 4.1: the personal channel's namespace does not exist: error 102."""
-    flags = config(
-        client={"subscribe_to_user_personal_channel": {"enabled": True, "personal_channel_namespace": "chat"}},
-        channel={"namespaces": [{"name": "chat", **KEPT}]},
-    )
-    async with serving(load(config=None, environ={}, flags=flags)) as site:
-        client = await Client.connected(site.url, token=token({"sub": "ann"}))
-        assert set(client.hello["subs"]) == {"chat:#ann"}
-        other = await Client.open(site.url)
-        claims = {"sub": "ann", "channels": ["nowhere:#ann"]}
-        assert (await other.call("connect", token=token(claims)))["error"]["code"] == 102
 
 
 async def test_single_connection() -> None:
@@ -325,8 +310,8 @@ async def test_of_racing_connections_one_stays() -> None:
     """Twenty connections of one user at once: exactly one is left, and it is in force."""
     async with serving(_personal(single_connection=True)) as site:
         clients = [await Client.open(site.url) for _ in range(20)]
-        connect = {"id": 1, "connect": {"token": token({"sub": "ann"})}}
-        await asyncio.gather(*(client.send(connect) for client in clients))
+        ann = token({"sub": "ann"})
+        await asyncio.gather(*(client.send(client.command("connect", token=ann)) for client in clients))
         await asyncio.gather(*(_settled(client) for client in clients))
         async with asyncio.timeout(15):
             while len(site.node.users["ann"]) > 1 or sum(client.close_code is None for client in clients) > 1:

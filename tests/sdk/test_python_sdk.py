@@ -1,0 +1,57 @@
+"""What only centrifuge-python does, or did: payloads that are no JSON, and a refresh that names no channel.
+
+PROTOCOL 3.3, 4.10, 9.4.
+"""
+
+import asyncio
+
+import centrifuge
+import pytest
+from centrifuge import PublicationContext, SubscriptionEventHandler
+from instruments import signed
+from support import OPEN, PATIENCE_S, Client, serving, settings
+
+
+class _Payloads(SubscriptionEventHandler):
+    """Takes the payloads of a subscription, as they are."""
+
+    def __init__(self) -> None:
+        self.heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def on_publication(self, ctx: PublicationContext) -> None:
+        """See the SDK."""
+        self.heard.put_nowait(ctx.pub.data)
+
+
+async def test_payloads_that_are_no_json() -> None:
+    """In a binary namespace a Protobuf client gets exactly the bytes that were published, live and from history."""
+    binary = {"name": "binary", **OPEN, "history_size": -1, "history_ttl": "1h", "publication_data_format": "binary"}
+    payloads = [bytes(range(256)), b"\n\n", b'{"a": \n1}']
+    async with serving(settings(channel={"namespaces": [binary]})) as site:
+        client = centrifuge.Client(site.url, use_protobuf=True, proxy=None)
+        ears = _Payloads()
+        subscription = client.new_subscription("binary:1", events=ears)
+        await client.connect()
+        await subscription.subscribe()
+        await subscription.ready()
+        for payload in payloads:
+            await subscription.publish(payload)
+        async with asyncio.timeout(PATIENCE_S):
+            assert [await ears.heard.get() for _ in payloads] == payloads
+        page = await subscription.history(limit=10)
+        assert [publication.data for publication in page.publications] == payloads
+        await client.disconnect()
+        await asyncio.gather(*client._background_tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("format", ["json", "protobuf"])
+async def test_sub_refresh_without_channel(format: str) -> None:
+    """Versions up to 0.5 refresh a subscription without naming its channel: the token's claim names it."""
+    async with serving() as site:
+        short = signed(site, 60, sub="42", channel="$chat:vip")
+        client = await Client.connected(site.url, format=format, token=signed(site, sub="42"))
+        assert (await client.ask("subscribe", channel="$chat:vip", token=short))["ttl"] <= 60
+        refreshed = await client.ask("sub_refresh", token=signed(site, sub="42", channel="$chat:vip"))
+        assert refreshed["expires"] is True
+        assert 3500 < refreshed["ttl"] <= 3600
+        await client.close()
