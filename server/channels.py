@@ -220,10 +220,10 @@ def check_payload(data: bytes | None, namespace: Namespace) -> bytes:
     speaks, since one that is not would break every subscriber who speaks JSON.
     """
     wanted = namespace.data_format
-    if data is None or (not data and wanted != "binary"):
-        raise Refused(BAD_REQUEST, "a publication has no data")
     if wanted == "binary":
-        return data
+        return data or b""  # in Protobuf an empty payload and none look the same
+    if not data:
+        raise Refused(BAD_REQUEST, "a publication has no data")
     if not is_json(data):
         raise Refused(
             BAD_REQUEST, f"a payload is not JSON, and {_called(namespace)} is not publication_data_format=binary"

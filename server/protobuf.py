@@ -19,8 +19,8 @@ _PACKAGE = "centrifugal.centrifuge.protocol"
 _SCHEMA = """
 Error: 1 code:u32, 2 message:s, 3 temporary:b
 Command: 1 id:u32, 4 connect:ConnectRequest, 5 subscribe:SubscribeRequest, 6 unsubscribe:ChannelRequest, 7 publish:PublishRequest, 8 presence:ChannelRequest, 9 presence_stats:ChannelRequest, 10 history:HistoryRequest, 11 ping:Empty, 12 send:SendRequest, 13 rpc:RPCRequest, 14 refresh:RefreshRequest, 15 sub_refresh:SubRefreshRequest
-Reply: 1 id:u32, 2 error:Error, 4 push:Push, 5 connect:ConnectResult, 6 subscribe:SubscribeResult, 7 unsubscribe:Empty, 8 publish:Empty, 9 presence:PresenceResult, 10 presence_stats:PresenceStatsResult, 11 history:HistoryResult, 12 ping:Empty, 13 rpc:RPCResult, 14 refresh:RefreshResult, 15 sub_refresh:RefreshResult
-Push: 1 id:i64, 2 channel:s, 4 pub:Publication, 5 join:Presence, 6 leave:Presence, 7 unsubscribe:Unsubscribe, 8 message:SendRequest, 9 subscribe:Subscribe, 10 connect:ConnectResult, 11 disconnect:Disconnect, 12 refresh:Refresh
+Reply: 1 id:u32, 2 error:Error, 4 push:Push, 5 connect:ConnectResult, 6 subscribe:SubscribeResult, 7 unsubscribe:Empty, 8 publish:Empty, 9 presence:PresenceResult, 10 presence_stats:PresenceStatsResult, 11 history:HistoryResult, 12 ping:Empty, 13 rpc:RPCResult, 14 refresh:RefreshResult, 15 sub_refresh:Refresh
+Push: 1 id:i64, 2 channel:s, 4 pub:Publication, 5 join:Presence, 6 leave:Presence, 7 unsubscribe:Unsubscribe, 8 message:SendRequest, 9 subscribe:Subscribe, 10 connect:Connect, 11 disconnect:Disconnect, 12 refresh:Refresh
 ClientInfo: 1 user:s, 2 client:s, 3 conn_info:y, 4 chan_info:y
 Publication: 4 data:y, 5 info:ClientInfo, 6 offset:u64, 7 tags:{}s, 8 delta:b, 9 time:i64, 10 channel:s, 14 epoch:s
 Presence: 1 info:ClientInfo
@@ -29,6 +29,7 @@ Subscribe: 1 recoverable:b, 4 epoch:s, 5 offset:u64, 6 positioned:b, 7 data:y
 SendRequest: 1 data:y
 Disconnect: 1 code:u32, 2 reason:s, 3 reconnect:b
 Refresh: 1 expires:b, 2 ttl:u32
+Connect: 1 client:s, 2 version:s, 3 data:y, 4 subs:{}SubscribeResult, 5 expires:b, 6 ttl:u32, 7 ping:u32, 8 pong:b, 9 session:s, 10 node:s, 11 time:i64
 ConnectRequest: 1 token:s, 2 data:y, 3 subs:{}SubscribeRequest, 4 name:s, 5 version:s, 6 headers:{}s, 7 flag:i64
 ConnectResult: 1 client:s, 2 version:s, 3 expires:b, 4 ttl:u32, 5 data:y, 6 subs:{}SubscribeResult, 7 ping:u32, 8 pong:b, 9 session:s, 10 node:s, 11 time:i64
 RefreshRequest: 1 token:s

@@ -597,6 +597,7 @@ async def test_fits_and_can_be_read(browser: Browser, tmp_path: Path) -> None:
                 await page.emulate_media(color_scheme=scheme)
                 await expect(page.locator("#unsent small")).to_be_in_viewport(ratio=1)
                 assert await page.evaluate("[document.documentElement.scrollWidth, innerHeight]") == [width, height]
+                assert await page.locator(".text").last.evaluate("text => text.scrollWidth <= text.clientWidth")
                 for place in ("#state", "#room", "#name", "#count", "#log", "#text", "#say button"):
                     left, top, right, bottom = await page.locator(place).evaluate(WHERE)
                     assert left >= 0, place

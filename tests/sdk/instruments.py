@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import centrifuge
+import centrifuge  # type: ignore[import-untyped]
 from cent import AsyncClient, PublishRequest
 from centrifuge import ClientEventHandler, ReplyError, StreamPosition, SubscriptionEventHandler
 from support import PATIENCE_S, Process, Site, token
@@ -190,11 +190,11 @@ class _Ears:
         self._note(event, context)
 
 
-class _ClientEars(_Ears, ClientEventHandler):
+class _ClientEars(_Ears, ClientEventHandler):  # type: ignore[misc]
     pass
 
 
-class _SubscriptionEars(_Ears, SubscriptionEventHandler):
+class _SubscriptionEars(_Ears, SubscriptionEventHandler):  # type: ignore[misc]
     pass
 
 
@@ -389,7 +389,8 @@ class JsPlayer(Player):
     async def _order(self, order: str, **arguments: Any) -> dict[str, Any]:
         assert not self._over, self._over
         self._next += 1
-        answer = self._answers[self._next] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._answers[self._next] = answer
         self._write({"id": self._next, "order": order, **arguments})
         async with asyncio.timeout(PATIENCE_S):
             return await answer

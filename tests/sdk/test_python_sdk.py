@@ -1,18 +1,22 @@
-"""What only centrifuge-python does, or did: payloads that are no JSON, and a refresh that names no channel.
+"""What only centrifuge-python has, or had: Protobuf's numbers, payloads that are no JSON, a refresh without channel.
 
-PROTOCOL 3.3, 4.10, 9.4.
+PROTOCOL 3.3, 4.10, 9.4, appendix A.
 """
 
 import asyncio
+from typing import Any
 
-import centrifuge
+import centrifuge  # type: ignore[import-untyped]
 import pytest
 from centrifuge import PublicationContext, SubscriptionEventHandler
+from centrifuge.protocol import client_pb2  # type: ignore[import-untyped]
 from instruments import signed
 from support import OPEN, PATIENCE_S, Client, serving, settings
 
+from server import protobuf
 
-class _Payloads(SubscriptionEventHandler):
+
+class _Payloads(SubscriptionEventHandler):  # type: ignore[misc]
     """Takes the payloads of a subscription, as they are."""
 
     def __init__(self) -> None:
@@ -55,3 +59,29 @@ async def test_sub_refresh_without_channel(format: str) -> None:
         assert refreshed["expires"] is True
         assert 3500 < refreshed["ttl"] <= 3600
         await client.close()
+
+
+@pytest.mark.parametrize("name", ["Command", "Reply"])
+def test_field_numbers(name: str) -> None:
+    """Every field, at whatever depth, has the SDK's number and type; one that the SDK lacks takes no other's number."""
+    seen: set[tuple[str, str]] = set()
+    differences: list[str] = []
+
+    def compare(ours: Any, theirs: Any) -> None:
+        if (ours.full_name, theirs.full_name) in seen:
+            return
+        seen.add((ours.full_name, theirs.full_name))
+        for field in ours.fields:
+            other = theirs.fields_by_name.get(field.name)
+            if other is None:
+                if field.number in theirs.fields_by_number:
+                    differences.append(f"{theirs.name} has another field {field.number} than {field.name}")
+                continue
+            if (field.number, field.type, field.is_repeated) != (other.number, other.type, other.is_repeated):
+                differences.append(f"{theirs.name}.{field.name} is {other.number}, not {field.number}")
+            if field.message_type is not None and other.message_type is not None:
+                compare(field.message_type, other.message_type)
+
+    compare(getattr(protobuf, name).DESCRIPTOR, getattr(client_pb2, name).DESCRIPTOR)
+    assert len(seen) > 10
+    assert not differences
