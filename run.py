@@ -43,6 +43,9 @@ from server.settings import HttpServerSettings, Settings, SettingsError, load, w
 
 SWEEP_S = 1.0
 BACKLOG = 4096
+REQUEST_BYTES = 4 * 1024 * 1024
+REQUEST_S = 30.0
+"""How large an HTTP request may be, and how long it may take to come: whoever has not shown a key may send one, too."""
 FETCH_TIMEOUT_S = 1.5
 """Shorter than the patience of ``Keys``, so that the HTTP client ends its request itself."""
 
@@ -74,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     for one in (parser, shared):
         default = None if one is parser else argparse.SUPPRESS
         one.add_argument("--config", type=Path, metavar="FILE", default=default, help="settings: TOML, YAML or JSON")
-        one.add_argument("--host", metavar="ADDRESS", default=default, help="address to listen on (http_server.address)")
+        one.add_argument("--host", metavar="ADDRESS", default=default, help="where to listen (http_server.address)")
         one.add_argument("--port", type=int, default=default, help="TCP port to listen on (http_server.port)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     commands.add_parser(
         "check", parents=[shared], help="say every fault of the settings, or print those in force without secrets"
     )
-    token = commands.add_parser("token", parents=[shared], help="print a token signed with client.token.hmac_secret_key")
+    token = commands.add_parser("token", parents=[shared], help="print a token, signed by client.token.hmac_secret_key")
     token.add_argument("--user", required=True, help="the user id (claim sub)")
     token.add_argument("--channel", default="", help="make it a subscription token for this channel")
     token.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is good (default 3600)")
@@ -184,12 +187,17 @@ async def _run(settings: Settings) -> None:
     node = make_node(settings)
     gate = make_gate(settings)
     tls = make_tls(settings.http_server)
-    listening = tornado.netutil.bind_sockets(
-        settings.http_server.port, settings.http_server.address, backlog=BACKLOG
-    )
+    listening = tornado.netutil.bind_sockets(settings.http_server.port, settings.http_server.address, backlog=BACKLOG)
     await node.open()
     clients = make_sockets(node, gate)
-    server = tornado.httpserver.HTTPServer(make_app(node, clients), ssl_options=tls)
+    server = tornado.httpserver.HTTPServer(
+        make_app(node, clients),
+        ssl_options=tls,
+        max_buffer_size=REQUEST_BYTES,
+        max_body_size=REQUEST_BYTES,
+        idle_connection_timeout=REQUEST_S,
+        body_timeout=REQUEST_S,
+    )
     server.add_sockets(listening)
     host, port = listening[0].getsockname()[:2]
     address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/"

@@ -8,10 +8,11 @@ import tornado.routing
 import tornado.web
 
 from handlers.api import Api, ApiHandler
-from handlers.base import PageHandler
+from handlers.base import NotFoundHandler, PageHandler
 from handlers.door import Door
 from handlers.health import LiveHandler
 from handlers.socket import SocketHandler, Sockets
+from server.commands import SKILLS
 from server.node import Node
 from server.session import Gate, Session
 
@@ -22,7 +23,7 @@ def make_sockets(node: Node, gate: Gate) -> Sockets:
     """The WebSocket connections of ``node``; call its ``check_stalled`` once a second."""
     settings = node.settings
     return Sockets(
-        lambda outbox, request: Session(node, gate, outbox, request),
+        lambda outbox, request: Session(node, gate, SKILLS, outbox, request),
         allowed_origins=settings.client.allowed_origins,
         message_size_limit=settings.websocket.message_size_limit,
         queue_max_size=settings.client.queue_max_size,
@@ -49,4 +50,4 @@ def make_app(node: Node, sockets: Sockets) -> tornado.web.Application:
         tornado.web.url(r"/static/(.+)", PageHandler, pages),
         tornado.web.url(r"/()", PageHandler, pages),
     ]
-    return tornado.web.Application(routes, log_function=lambda handler: None)
+    return tornado.web.Application(routes, default_handler_class=NotFoundHandler, log_function=lambda handler: None)

@@ -8,7 +8,7 @@ back-end SDKs depend on that.
 import base64
 import binascii
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -49,6 +49,7 @@ class Publish(msgspec.Struct):
     skip_history: bool = False
     tags: dict[str, str] | None = None
     idempotency_key: str = ""
+    version: int = 0
 
 
 class Broadcast(msgspec.Struct):
@@ -60,6 +61,7 @@ class Broadcast(msgspec.Struct):
     skip_history: bool = False
     tags: dict[str, str] | None = None
     idempotency_key: str = ""
+    version: int = 0
 
 
 class Subscribe(msgspec.Struct):
@@ -68,6 +70,7 @@ class Subscribe(msgspec.Struct):
     channel: str = ""
     user: str = ""
     client: str = ""
+    session: str = ""
     info: protocol.Payload = UNSET
     b64info: str = ""
     data: protocol.Payload = UNSET
@@ -83,6 +86,7 @@ class Unsubscribe(msgspec.Struct):
     channel: str = ""
     user: str = ""
     client: str = ""
+    session: str = ""
 
 
 class DisconnectCode(msgspec.Struct):
@@ -97,6 +101,7 @@ class Disconnect(msgspec.Struct):
 
     user: str = ""
     client: str = ""
+    session: str = ""
     whitelist: list[str] | None = None
     disconnect: DisconnectCode | None = None
 
@@ -106,6 +111,7 @@ class Refresh(msgspec.Struct):
 
     user: str = ""
     client: str = ""
+    session: str = ""
     expired: bool = False
     expire_at: int = 0
     info: protocol.Payload = UNSET
@@ -141,16 +147,19 @@ class Api:
         if not channel:
             raise Refused(BAD_REQUEST, "a call without channel")
         namespace = self._node.channels.known(channel)
-        self._node.channels.check_length(channel)
+        self._node.channels.check_name(channel, namespace)
         return namespace
 
     async def publish(self, request: Publish | Broadcast, channel: str | None = None) -> Positioned:
         """PROTOCOL 15.2."""
         name = channel if channel is not None else getattr(request, "channel", "")
         namespace = self._known(name)
+        if request.version:
+            raise Refused(NOT_AVAILABLE, "versioned publishing is not offered yet")
         data = check_payload(_payload(request.data, request.b64data), namespace)
         if not namespace.binary:
             data = protocol.one_line(data)
+        self._node.check_size(data)
         if request.skip_history:
             self._node.publish_passing(name, Publication(data, tags=request.tags))
             return Positioned()
@@ -180,7 +189,7 @@ class Api:
         since = request.recover_since
         self._node.order(
             wires.SubscribeOrder(
-                wires.Target(request.user, request.client),
+                _target(request),
                 request.channel,
                 _payload(request.info, request.b64info),
                 _payload(request.data, request.b64data),
@@ -195,23 +204,24 @@ class Api:
         """PROTOCOL 15.2; an empty channel means all channels."""
         if request.channel:
             self._known(request.channel)
-        self._node.order(wires.UnsubscribeOrder(wires.Target(request.user, request.client), request.channel))
+        self._node.order(wires.UnsubscribeOrder(_target(request), request.channel))
         return protocol.EMPTY
 
     async def disconnect(self, request: Disconnect) -> protocol.Body:
         """PROTOCOL 15.2."""
         end = request.disconnect or DisconnectCode()
-        if not 3000 < end.code < 5000 or not end.reason or len(end.reason) > 123 or not end.reason.isascii():
-            raise Refused(
-                BAD_REQUEST, "a disconnect needs a code from 3001 to 4999 and an ASCII reason of 1 to 123 bytes"
-            )
-        target = wires.Target(request.user, request.client, request.whitelist or ())
+        reason = end.reason.encode()
+        fits = 0 < len(reason) <= 123 and reason.isascii() and not protocol.is_json(reason)
+        if not 3000 < end.code < 5000 or not fits:
+            why = "a disconnect needs a code from 3001 to 4999, and a reason of 1 to 123 ASCII bytes that is no JSON"
+            raise Refused(BAD_REQUEST, why)
+        target = _target(request, request.whitelist or ())
         self._node.order(wires.DisconnectOrder(target, end.code, end.reason))
         return protocol.EMPTY
 
     async def refresh(self, request: Refresh) -> protocol.Body:
         """PROTOCOL 15.2."""
-        target = wires.Target(request.user, request.client)
+        target = _target(request)
         info = protocol.given(request.info)
         self._node.order(wires.RefreshOrder(target, request.expired, request.expire_at, info))
         return protocol.EMPTY
@@ -305,6 +315,7 @@ class ApiHandler(JsonHandler):
         if not self._authorized():
             event("api.refused", address=self.request.remote_ip, why="wrong or no key; look at http_api.key")
             self.set_status(401)
+            self.clear_header("Content-Type")
             self.finish()
             return
         if method not in METHODS:
@@ -325,8 +336,17 @@ class ApiHandler(JsonHandler):
             return
         try:
             self.answer({"result": await carry_out(self._api, request)})
+        except protocol.Inexpressible as error:
+            self.answer({"error": _error(Refused(NOT_AVAILABLE, str(error)))})
         except (Refused, Unavailable) as error:
             self.answer({"error": _error(error)})
+
+
+def _target(request: "Subscribe | Unsubscribe | Disconnect | Refresh", spared: Sequence[str] = ()) -> wires.Target:
+    """Which connections a call is for; raises ``Refused(BAD_REQUEST)`` for a session, which no transport has yet."""
+    if request.session:
+        raise Refused(BAD_REQUEST, "no transport of this server has session ids yet")
+    return wires.Target(request.user, request.client, spared)
 
 
 def _error(error: Refused | Unavailable) -> dict[str, Any]:

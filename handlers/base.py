@@ -32,6 +32,14 @@ class JsonHandler(tornado.web.RequestHandler):
             event("http.failed", path=self.request.path, fault=value)
 
 
+class NotFoundHandler(JsonHandler):
+    """What nothing else stands for."""
+
+    def prepare(self) -> None:
+        """404, as JSON."""
+        self.answer({"error": {"code": 404, "message": "not found"}}, 404)
+
+
 class PageHandler(tornado.web.StaticFileHandler):
     """Pages and scripts, with headers that keep foreign content out."""
 

@@ -8,7 +8,7 @@ PROTOCOL 4.
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -40,21 +40,19 @@ from server.hub import Subscription, express
 from server.node import Node
 from server.observe import event
 from server.protocol import Command
-from server.stream import ClientInfo, Position, Publication
-from server.subscribing import begin, check_owner, join, json_info, named, subscribe, ttl_s
-
-if TYPE_CHECKING:
-    from server.session import Session
+from server.session import Carrying, Session, Skills, json_info, ttl_s
+from server.stream import PAGE_BYTES, ClientInfo, Position, Publication
+from server.subscribing import begin, check_owner, join, named, postpone, subscribe, subscribe_by_order
 
 
 # --- connect ---------------------------------------------------------------
-def connect(session: "Session", command: Command) -> Coroutine[Any, Any, None]:
+def connect(session: Session, command: Command) -> Coroutine[Any, Any, None]:
     """PROTOCOL 4.1."""
     session.start_connecting()
     return _connect_patiently(session, command)
 
 
-async def _connect_patiently(session: "Session", command: Command) -> None:
+async def _connect_patiently(session: Session, command: Command) -> None:
     """PROTOCOL 4.1."""
     request = command.connect
     assert request is not None
@@ -71,9 +69,11 @@ async def _connect_patiently(session: "Session", command: Command) -> None:
         name = session.node.channels.personal(session.user, personal.personal_channel_namespace)
         wanted.setdefault(name, SubscribeOptions(None, None))
     namespaces = {channel: session.node.channels.known(channel) for channel in wanted}
+    for channel, namespace in namespaces.items():
+        session.node.channels.check_name(channel, namespace)
     for channel in request.subs:
-        if channel not in wanted and (namespace := _wish(session, channel)) is not None:
-            wanted[channel], namespaces[channel] = SubscribeOptions(None, None), namespace
+        if channel not in wanted and (found := _wish(session, channel)) is not None:
+            wanted[channel], namespaces[channel] = SubscribeOptions(None, None), found
     if len(wanted) > settings.channel_limit:
         raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({settings.channel_limit})")
     session.node.admit(session)
@@ -104,7 +104,7 @@ async def _connect_patiently(session: "Session", command: Command) -> None:
 
 
 def _welcome(
-    session: "Session", command: Command, joined: "list[tuple[Subscription, protocol.SubscribeResult, Position | None]]"
+    session: Session, command: Command, joined: "list[tuple[Subscription, protocol.SubscribeResult, Position | None]]"
 ) -> None:
     """Reply to connect and let everything begin, in one loop turn."""
     settings = session.node.settings.client
@@ -120,6 +120,11 @@ def _welcome(
         pong=not native and settings.ping_interval > 0,
         time=int(now * 1000) if settings.connect_include_server_time else 0,
     )
+    room = PAGE_BYTES  # for what all of them recovered together; the rest follows at the pace of the socket
+    for subscription, subscribed, _ in joined:
+        room -= sum(len(publication.data) + 64 for publication in subscribed.publications)
+        if room < 0:
+            postpone(subscription, subscribed)
     session.reply(command, "connect", result)
     for subscription, _, top in joined:
         begin(session, subscription, top)
@@ -127,7 +132,7 @@ def _welcome(
 
 
 async def _identify(
-    session: "Session", request: protocol.ConnectRequest
+    session: Session, request: protocol.ConnectRequest
 ) -> tuple[bytes | None, dict[str, SubscribeOptions]]:
     """Find out who the client is; returns its info and the channels it gets; PROTOCOL 4.1, 8.5."""
     settings = session.node.settings.client
@@ -157,12 +162,12 @@ async def _identify(
     return None, {}
 
 
-def _name(session: "Session", user: str) -> None:
+def _name(session: Session, user: str) -> None:
     session.user = user
     session.identity = Identity(user, session.node.settings.client.insecure)
 
 
-def _wish(session: "Session", channel: str) -> Namespace | None:
+def _wish(session: Session, channel: str) -> Namespace | None:
     """The namespace of a channel named in connect's ``subs``, if one could subscribe to it (PROTOCOL 4.1)."""
     namespace = session.node.channels.namespace(named(channel))
     if namespace is None:
@@ -176,7 +181,7 @@ def _wish(session: "Session", channel: str) -> Namespace | None:
     return namespace
 
 
-def _replace_others(session: "Session", personal_namespace: str) -> None:
+def _replace_others(session: Session, personal_namespace: str) -> None:
     """Of one user's connections only the newest stays (PROTOCOL 9.2)."""
     name = session.node.channels.personal(session.user, personal_namespace)
     namespace = session.node.channels.namespace(name)
@@ -185,7 +190,7 @@ def _replace_others(session: "Session", personal_namespace: str) -> None:
         session.node.order(wires.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
 
 
-def unsubscribe(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+def unsubscribe(session: Session, command: Command) -> Carrying:
     """PROTOCOL 4.3; unsubscribing from what one is not subscribed to succeeds."""
     request = command.unsubscribe
     assert request is not None
@@ -198,13 +203,13 @@ def unsubscribe(session: "Session", command: Command) -> Coroutine[Any, Any, Non
     return _unsubscribe_patiently(session, command, subscription)
 
 
-async def _unsubscribe_patiently(session: "Session", command: Command, subscription: Subscription) -> None:
+async def _unsubscribe_patiently(session: Session, command: Command, subscription: Subscription) -> None:
     await session.node.exit(subscription)
     session.reply(command, "unsubscribe")
 
 
 # --- publish, history, presence, rpc --------------------------------------------
-def publish(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+def publish(session: Session, command: Command) -> Carrying:
     """PROTOCOL 4.4."""
     request = command.publish
     assert request is not None
@@ -219,7 +224,7 @@ def publish(session: "Session", command: Command) -> Coroutine[Any, Any, None] |
     return None
 
 
-def _draft(session: "Session", channel: str, data: bytes | None, key: str = "") -> tuple[Namespace, Draft]:
+def _draft(session: Session, channel: str, data: bytes | None, key: str = "") -> tuple[Namespace, Draft]:
     """What this client would publish, if it may; PROTOCOL 10.4."""
     channels = session.node.channels
     namespace = channels.known(channel)
@@ -232,13 +237,13 @@ def _draft(session: "Session", channel: str, data: bytes | None, key: str = "") 
 
 
 async def _publish_patiently(
-    session: "Session", command: Command, channel: str, namespace: Namespace, draft: Draft
+    session: Session, command: Command, channel: str, namespace: Namespace, draft: Draft
 ) -> None:
     await session.node.publish(channel, namespace, draft, _patience_s(session))
     session.reply(command, "publish")
 
 
-def _patience_s(session: "Session") -> float:
+def _patience_s(session: Session) -> float:
     """What is left of the time in which an SDK waits for its reply, since commands queue behind one another."""
     left = session.arrived + session.node.patience_s - session.node.clock()
     if left <= 0:
@@ -246,7 +251,7 @@ def _patience_s(session: "Session") -> float:
     return left
 
 
-async def history(session: "Session", command: Command) -> None:
+async def history(session: Session, command: Command) -> None:
     """PROTOCOL 4.6."""
     request = command.history
     assert request is not None
@@ -274,7 +279,7 @@ async def history(session: "Session", command: Command) -> None:
     session.reply(command, "history", result)
 
 
-async def presence(session: "Session", command: Command) -> None:
+async def presence(session: Session, command: Command) -> None:
     """PROTOCOL 4.5."""
     assert command.presence is not None
     channel = _presence_channel(session, command.presence)
@@ -283,7 +288,7 @@ async def presence(session: "Session", command: Command) -> None:
     session.reply(command, "presence", result)
 
 
-async def presence_stats(session: "Session", command: Command) -> None:
+async def presence_stats(session: Session, command: Command) -> None:
     """PROTOCOL 4.5."""
     assert command.presence_stats is not None
     channel = _presence_channel(session, command.presence_stats)
@@ -291,7 +296,7 @@ async def presence_stats(session: "Session", command: Command) -> None:
     session.reply(command, "presence_stats", protocol.PresenceStatsResult(clients, users))
 
 
-def _presence_channel(session: "Session", request: protocol.ChannelRequest) -> str:
+def _presence_channel(session: Session, request: protocol.ChannelRequest) -> str:
     channel = named(request.channel)
     namespace = session.node.channels.known(channel)
     session.node.channels.check_name(channel, namespace)
@@ -299,7 +304,7 @@ def _presence_channel(session: "Session", request: protocol.ChannelRequest) -> s
     return channel
 
 
-def rpc(session: "Session", command: Command) -> Coroutine[Any, Any, None] | None:
+def rpc(session: Session, command: Command) -> Carrying:
     """PROTOCOL 4.7; ``publish`` is built in, and ``ping`` if ``rpc.ping.enabled``."""
     request = command.rpc
     assert request is not None
@@ -311,7 +316,7 @@ def rpc(session: "Session", command: Command) -> Coroutine[Any, Any, None] | Non
     raise Refused(NOT_AVAILABLE, f"no RPC method {request.method[:64]!r}")
 
 
-async def _rpc_publish(session: "Session", command: Command, data: bytes | None) -> None:
+async def _rpc_publish(session: Session, command: Command, data: bytes | None) -> None:
     """Publish with an idempotency key, and learn the position."""
     try:
         request = _rpc_publish_request.decode(data or b"")
@@ -326,18 +331,18 @@ async def _rpc_publish(session: "Session", command: Command, data: bytes | None)
     session.reply(command, "rpc", protocol.RPCResult(msgspec.Raw(msgspec.json.encode(result))))
 
 
-def send(session: "Session", command: Command) -> None:
+def send(session: Session, command: Command) -> None:
     """PROTOCOL 4.8."""
     raise Disconnected(UNSUPPORTED, "nobody here takes messages sent without reply")
 
 
-def ping(session: "Session", command: Command) -> None:
+def ping(session: Session, command: Command) -> None:
     """PROTOCOL 3.4."""
     raise Disconnected(MALFORMED, "the command ping is of protocol version 1")
 
 
 # --- refresh -----------------------------------------------------------------
-async def refresh(session: "Session", command: Command) -> None:
+async def refresh(session: Session, command: Command) -> None:
     """PROTOCOL 4.9."""
     request = command.refresh
     assert request is not None
@@ -364,7 +369,7 @@ async def refresh(session: "Session", command: Command) -> None:
     session.reply(command, "refresh", protocol.RefreshResult(bool(session.expire_at), ttl_s(session.expire_at, now)))
 
 
-async def sub_refresh(session: "Session", command: Command) -> None:
+async def sub_refresh(session: Session, command: Command) -> None:
     """PROTOCOL 4.10; the channel may be missing, as one SDK leaves it out, and is then the token's."""
     request = command.sub_refresh
     assert request is not None
@@ -443,7 +448,7 @@ class _RpcPublish(msgspec.Struct):
 _rpc_publish_request = msgspec.json.Decoder(_RpcPublish)
 
 
-METHODS: dict[str, Callable[["Session", Command], Coroutine[Any, Any, None] | None]] = {
+METHODS: dict[str, Callable[[Session, Command], Carrying]] = {
     "connect": connect,
     "subscribe": subscribe,
     "unsubscribe": unsubscribe,
@@ -457,3 +462,5 @@ METHODS: dict[str, Callable[["Session", Command], Coroutine[Any, Any, None] | No
     "refresh": refresh,
     "sub_refresh": sub_refresh,
 }
+
+SKILLS = Skills(METHODS, subscribe_by_order)

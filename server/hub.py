@@ -78,6 +78,7 @@ class Subscription:
     """
 
     __slots__ = (
+        "begun",
         "channel",
         "closed",
         "cursor",
@@ -85,7 +86,6 @@ class Subscription:
         "feed",
         "info",
         "joined",
-        "joins",
         "leaves_word",
         "live",
         "namespace",
@@ -95,6 +95,7 @@ class Subscription:
         "recoverable",
         "server_side",
         "session",
+        "wants_joins",
     )
 
     def __init__(
@@ -114,8 +115,10 @@ class Subscription:
         self.recoverable = False
         self.present = False
         """Is it entered into presence?"""
-        self.joins = False
-        """Is it told of joins and leaves?  Set once its reply is out."""
+        self.begun = False
+        """Is its reply out?  Nothing else of the channel may come before."""
+        self.wants_joins = False
+        """Is it told of joins and leaves?"""
         self.leaves_word = False
         """Are others told when it joins and leaves?"""
         self.joined = False
@@ -468,7 +471,7 @@ class Hub:
         body = protocol.Presence(protocol.client_info(info))
         frames: dict[Wire, bytes] = {}
         for subscription in feed.subscriptions():
-            if subscription.joins:
+            if subscription.wants_joins and subscription.begun:
                 wire = subscription.outbox.wire
                 frame = frames.get(wire)
                 if frame is None:

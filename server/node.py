@@ -18,6 +18,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from server import broker as wires
 from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Target, Word
@@ -26,6 +27,7 @@ from server.errors import BAD_REQUEST, Disconnect, Disconnected, Refused, Unavai
 from server.history import Appended, Draft, History
 from server.hub import Feed, Hub, Step, Subscription
 from server.observe import event
+from server.outbox import Outbox
 from server.presence import Presence
 from server.protocol import MAX_OFFSET
 from server.settings import Settings
@@ -105,6 +107,7 @@ class Node:
         self.patience_s = settings.sqlite.publish_timeout
         self._tasks: set[asyncio.Task[Any]] = set()
         self._busy: set[str] = set()
+        self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
         self._tops: dict[str, Position] = {}
         self._passing_keys: dict[tuple[str, str], float] = {}
         self._next_tops = self._next_renewal = 0.0
@@ -186,6 +189,7 @@ class Node:
         """
         if len(draft.key) > 256:
             raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
+        self.check_size(draft.data)
         if namespace.retention is None:
             if draft.key and self._repeated(channel, draft.key):
                 return Appended(Position(), repeated=True)
@@ -194,6 +198,12 @@ class Node:
         return await self._patiently(
             self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
         )
+
+    def check_size(self, data: bytes) -> None:
+        """Raises ``Refused(BAD_REQUEST)`` for a payload that would cut every subscriber it is sent to (PROTOCOL 18)."""
+        most = self.settings.client.queue_max_size // 2
+        if len(data) > most:
+            raise Refused(BAD_REQUEST, f"a payload is larger than half of client.queue_max_size ({most} bytes)")
 
     def publish_passing(self, channel: str, publication: Publication) -> None:
         """Deliver and announce a publication that nobody keeps: at most once, in order per publisher."""
@@ -428,11 +438,20 @@ class Node:
         self.spawn(self._catch_up(subscription, step), f"catch up {subscription.channel}")
 
     async def _catch_up(self, subscription: Subscription, step: Step) -> None:
-        """Read page after page at the pace of the socket, then go live; PROTOCOL 11.5."""
+        """Read page after page at the pace of the socket, then go live; PROTOCOL 11.5.
+
+        The subscriptions of one socket take turns: if all of them took the room
+        that they see when it is drained, their pages together would be too much.
+        """
+        turn = self._turns.setdefault(subscription.outbox, asyncio.Lock())
         while step is not Step.LIVE:
             try:
-                await subscription.outbox.drained()
-                step = await (self._read_on(subscription) if step is Step.READ else self._wait_for_repair(subscription))
+                async with turn:
+                    await subscription.outbox.drained()
+                    if step is Step.READ:
+                        step = await self._read_on(subscription)
+                        continue
+                step = await self._wait_for_repair(subscription)
             except Disconnected as end:
                 if not subscription.closed:
                     subscription.session.disconnect(end.disconnect, "it did not take its history")

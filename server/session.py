@@ -17,22 +17,22 @@ import math
 import random
 import uuid
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
 from typing import Any
 
 import msgspec
 
 from server import broker as wires
-from server import protocol, subscribing
+from server import protocol
 from server.auth import Verifier
 from server.channels import Identity
-from server.commands import METHODS
 from server.errors import (
     CONNECTION_EXPIRED,
     INAPPROPRIATE_PROTOCOL,
     INSUFFICIENT_STATE,
     INTERNAL,
+    LIMIT_EXCEEDED,
     MALFORMED,
     NO_PONG,
     SERVER_UNSUBSCRIBE,
@@ -54,7 +54,8 @@ from server.observe import event
 from server.outbox import Outbox, Request
 from server.protocol import Command
 from server.stream import PAGE_BYTES, ClientInfo
-from server.subscribing import json_info, ttl_s
+
+YEAR_S = 365 * 24 * 3600
 
 INBOX = 64
 """Commands that may wait behind a slow one before the socket is read no further."""
@@ -81,6 +82,17 @@ class Gate(msgspec.Struct, frozen=True):
     keys: Keys
 
 
+Carrying = Coroutine[Any, Any, None] | None
+"""What is to be awaited for a command, or ``None`` if it has been answered."""
+
+
+class Skills(msgspec.Struct, frozen=True):
+    """What sessions can do; ``server.commands`` has them, so that a session need not know its commands."""
+
+    methods: "Mapping[str, Callable[[Session, Command], Carrying]]"
+    subscribe_by_order: "Callable[[Session, wires.SubscribeOrder], Coroutine[Any, Any, None]]"
+
+
 class Session:
     """See the module's docstring.  Made by a transport when a client arrives."""
 
@@ -89,6 +101,7 @@ class Session:
         "_inbox",
         "_paused",
         "_pong_by",
+        "_skills",
         "_stale_at",
         "arrived",
         "client",
@@ -106,9 +119,10 @@ class Session:
         "user",
     )
 
-    def __init__(self, node: Node, gate: Gate, outbox: Outbox, request: Request) -> None:
+    def __init__(self, node: Node, gate: Gate, skills: Skills, outbox: Outbox, request: Request) -> None:
         self.node = node
         self.gate = gate
+        self._skills = skills
         self.outbox = outbox
         self.request = request
         self.client = str(uuid.uuid4())
@@ -255,7 +269,7 @@ class Session:
         if command.id:
             self.write(protocol.CODECS[self.outbox.wire.format].refusal(command.id, refusal))
 
-    def _dispatch(self, command: Command) -> Coroutine[Any, Any, None] | None:
+    def _dispatch(self, command: Command) -> Carrying:
         """Carry out one command, or return what is to be awaited for it; PROTOCOL 3.4."""
         methods = command.methods
         if not methods:
@@ -268,7 +282,7 @@ class Session:
             raise Disconnected(MALFORMED, f"a command {method} has no id")
         if self.state is not State.CONNECTED and (method != "connect" or self.state is not State.NEW):
             raise Disconnected(MALFORMED, f"a command {method} came while the session {self.state.value}")
-        return METHODS[method](self, command)
+        return self._skills.methods[method](self, command)
 
     def reply(self, command: Command, method: str, result: protocol.Body = protocol.EMPTY) -> None:
         """Answer a command."""
@@ -324,8 +338,14 @@ class Session:
 
     def subscribe_by_order(self, order: wires.SubscribeOrder) -> None:
         """Subscribe server-side; no effect if already subscribed."""
-        if order.channel not in self.subscriptions and self.state is State.CONNECTED:
-            self.node.spawn(subscribing.subscribe_by_order(self, order), f"subscribe {self.client}")
+        if order.channel in self.subscriptions or self.state is not State.CONNECTED:
+            return
+        limit = self.node.settings.client.channel_limit
+        if len(self.subscriptions) >= limit:
+            why = f"look at client.channel_limit ({limit})"
+            event("command.refused", client=self.client, method="subscribe", code=LIMIT_EXCEEDED.code, why=why)
+        else:
+            self.node.spawn(self._skills.subscribe_by_order(self, order), f"subscribe {self.client}")
 
     def refresh_by_order(self, order: wires.RefreshOrder) -> None:
         """Move the connection's expiry, or end it as expired."""
@@ -452,3 +472,15 @@ class Session:
     async def _exit_all(self, subscriptions: list[Subscription]) -> None:
         for subscription in subscriptions:
             await self.node.exit(subscription)
+
+
+def ttl_s(expire_at: int, now: float) -> int:
+    """Seconds until ``expire_at``, at least 1, at most a year; 0 if it never comes (PROTOCOL 8.3)."""
+    return min(max(1, math.ceil(expire_at - now)), YEAR_S) if expire_at else 0
+
+
+def json_info(info: bytes | None) -> bytes | None:
+    """Info as JSON: bytes that are none (``b64info``) become a base64 string, so that everybody can be shown them."""
+    if info is None:
+        return None
+    return protocol.one_line(info) if protocol.is_json(info) else msgspec.json.encode(info)

@@ -6,9 +6,8 @@ going live happen in one loop turn (``begin``), so that nothing can come between
 PROTOCOL 4.2, 8.2, 10, 11.
 """
 
-import math
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -35,16 +34,12 @@ from server.errors import (
 from server.hub import Subscription, express
 from server.observe import event
 from server.protocol import Command
+from server.session import Session, json_info, ttl_s
 from server.stream import ClientInfo, Cursor, Page, Position, Publication, catch_up
-
-if TYPE_CHECKING:
-    from server.session import Session
-
-YEAR_S = 365 * 24 * 3600
 
 
 # --- subscribe ---------------------------------------------------------------
-def subscribe(session: "Session", command: Command) -> Coroutine[Any, Any, None]:
+def subscribe(session: Session, command: Command) -> Coroutine[Any, Any, None]:
     """PROTOCOL 4.2, 10.2."""
     request = command.subscribe
     assert request is not None
@@ -68,7 +63,7 @@ def subscribe(session: "Session", command: Command) -> Coroutine[Any, Any, None]
 
 
 async def _subscribe_patiently(
-    session: "Session", command: Command, request: protocol.SubscribeRequest, namespace: Namespace
+    session: Session, command: Command, request: protocol.SubscribeRequest, namespace: Namespace
 ) -> None:
     channel = request.channel
     options, expire_at = SubscribeOptions(None, None), 0
@@ -92,7 +87,7 @@ async def _subscribe_patiently(
         session.plan()
 
 
-async def _admitted_by_token(session: "Session", channel: str, token: str) -> tuple[SubscribeOptions, int]:
+async def _admitted_by_token(session: Session, channel: str, token: str) -> tuple[SubscribeOptions, int]:
     """What a subscription token grants, and until when; PROTOCOL 8.2."""
     try:
         claims = await session.gate.keys.verified(
@@ -110,7 +105,7 @@ async def _admitted_by_token(session: "Session", channel: str, token: str) -> tu
     return SubscribeOptions(claims.info, claims.data, claims.override), claims.expire_at
 
 
-def check_owner(session: "Session", user: str, client: str) -> None:
+def check_owner(session: Session, user: str, client: str) -> None:
     """Raises ``Disconnected(INVALID_TOKEN)`` for a subscription token of somebody else."""
     if user != session.user:
         raise Disconnected(INVALID_TOKEN, "a subscription token is for another user")
@@ -119,7 +114,7 @@ def check_owner(session: "Session", user: str, client: str) -> None:
 
 
 async def join(
-    session: "Session",
+    session: Session,
     channel: str,
     namespace: Namespace,
     request: protocol.SubscribeRequest,
@@ -128,7 +123,7 @@ async def join(
     expire_at: int = 0,
     server_side: bool = False,
 ) -> tuple[Subscription, protocol.SubscribeResult, Position | None]:
-    """Register, read, and work out the result; the caller replies and then calls ``_begin`` in the same turn.
+    """Register, read, and work out the result; the caller replies and then calls ``begin`` in the same turn.
 
     The permission has been checked.  Also returns where history stood.  Raises
     ``Disconnected`` if the session ended before this could begin.
@@ -153,6 +148,7 @@ async def join(
     subscription.recoverable = granted.recoverable
     subscription.present = granted.presence
     subscription.leaves_word = granted.join_leave
+    subscription.wants_joins = granted.joins
     subscription.expire_at = expire_at
     session.subscriptions[channel] = subscription
     since = Position(request.offset, request.epoch) if request.recover and granted.recoverable else None
@@ -167,12 +163,11 @@ async def join(
     result.data = protocol.payload(json_info(options.data) if session.outbox.wire.format == "json" else options.data)
     if expire_at:
         result.expires, result.ttl = True, ttl_s(expire_at, session.node.clock())
-    subscription.joins = False if subscription.closed else granted.joins
     return subscription, result, page.top if page is not None else None
 
 
 def _result(
-    session: "Session",
+    session: Session,
     subscription: Subscription,
     request: protocol.SubscribeRequest,
     since: Position | None,
@@ -204,7 +199,7 @@ def _result(
                 top=top,
                 floor=page.floor,
             )
-            if request.flag & 2:
+            if request.flag & 2 and not subscription.server_side:
                 raise Refused(UNRECOVERABLE_POSITION)
     if not result.recovered:
         subscription.cursor = Cursor(top)
@@ -214,27 +209,35 @@ def _result(
 
 
 def _express(
-    session: "Session", namespace: Namespace, publications: Sequence[Publication], epoch: str
+    session: Session, namespace: Namespace, publications: Sequence[Publication], epoch: str
 ) -> list[protocol.Publication]:
     format = session.outbox.wire.format
     return [express(format, publication, epoch, namespace) for publication in publications]
 
 
-def _recovery_limit(session: "Session", namespace: Namespace) -> int:
+def _recovery_limit(session: Session, namespace: Namespace) -> int:
     return (
         namespace.options.recovery_max_publication_limit or session.node.settings.client.recovery_max_publication_limit
     )
 
 
-def begin(session: "Session", subscription: Subscription, top: Position | None) -> None:
+def begin(session: Session, subscription: Subscription, top: Position | None) -> None:
     """The reply is out: let the subscription go live, and say the join."""
     if subscription.closed:
         return
+    subscription.begun = True
     session.node.settle(subscription, top)
     session.node.say_join(subscription)
 
 
-async def subscribe_by_order(session: "Session", order: wires.SubscribeOrder) -> None:
+def postpone(subscription: Subscription, result: protocol.SubscribeResult) -> None:
+    """Let what was recovered follow as ordinary pushes instead of going with the result."""
+    if result.publications:
+        result.publications = []
+        subscription.cursor = Cursor(Position(result.offset, result.epoch))
+
+
+async def subscribe_by_order(session: Session, order: wires.SubscribeOrder) -> None:
     """Subscribe server-side, unasked, and say so with a push; PROTOCOL 5.6, 11.7."""
     namespace = session.node.channels.namespace(order.channel)
     if namespace is None or session.closed or order.channel in session.subscriptions:
@@ -252,9 +255,7 @@ async def subscribe_by_order(session: "Session", order: wires.SubscribeOrder) ->
         return
     if subscription.closed:
         return
-    if result.recovered and result.publications:
-        # The push has no room for publications: they follow as ordinary pushes.
-        subscription.cursor = Cursor(Position(result.offset, result.epoch))
+    postpone(subscription, result)  # The push has no room for publications.
     session.push(
         order.channel,
         "subscribe",
@@ -269,15 +270,3 @@ def named(channel: str) -> str:
     if not channel:
         raise Disconnected(MALFORMED, "a command without channel")
     return channel
-
-
-def ttl_s(expire_at: int, now: float) -> int:
-    """Seconds until ``expire_at``, at least 1, at most a year; 0 if it never comes (PROTOCOL 8.3)."""
-    return min(max(1, math.ceil(expire_at - now)), YEAR_S) if expire_at else 0
-
-
-def json_info(info: bytes | None) -> bytes | None:
-    """Info as JSON: bytes that are none (``b64info``) become a base64 string, so that everybody can be shown them."""
-    if info is None or protocol.is_json(info):
-        return info
-    return msgspec.json.encode(info)

@@ -120,12 +120,6 @@ class Site:
         """Where WebSocket clients connect."""
         return f"ws://127.0.0.1:{self.port}/connection/websocket"
 
-    async def clients(self, count: int) -> None:
-        """Wait until ``count`` clients have opened a connection, connected or not."""
-        async with asyncio.timeout(PATIENCE_S):
-            while len(self.node.timetable) < count:
-                await asyncio.sleep(0)
-
     def pass_time(self, seconds: float) -> None:
         """Move the clock and do the once-a-second work of each second passed."""
         for _ in range(int(seconds)):
@@ -268,9 +262,9 @@ class Client:
     """One connection that says exactly what it is told to, in JSON or Protobuf.
 
     Replies and pushes are dicts as on the JSON wire; with Protobuf, payloads are
-    turned from and into JSON.  Pings are answered unless ``pongs`` is false, and
-    counted; ``ids`` are those of all replies so far, as they came, and ``watch``
-    is called with each text frame as it is.
+    turned from and into JSON (those that are none stay bytes).  Pings are answered
+    unless ``pongs`` is false, and counted; ``ids`` are those of all replies so far,
+    as they came; ``watch`` is called with each text frame as it is.
     """
 
     def __init__(self, connection: websockets.ClientConnection, format: str, pongs: bool) -> None:
@@ -451,7 +445,11 @@ def _plain(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, str) and name in _PAYLOADS:
-        return json.loads(base64.b64decode(value))
+        payload = base64.b64decode(value)
+        try:
+            return json.loads(payload)
+        except ValueError:
+            return payload
     if isinstance(value, str) and name in ("offset", "time"):
         return int(value)
     return value

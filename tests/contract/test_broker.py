@@ -106,7 +106,7 @@ async def test_others_hear_what_they_follow(kind: Kind) -> None:
     """An announcement reaches every process that follows its channel, with all it says, and no other process."""
     info = ClientInfo("ann", "id", b'{"n":1}', b"2")
     publications = (Publication(b'{"a":1}', 7, 1_700_000_000_000, info, {"k": "v"}), Publication(b"\xff\x00", 8))
-    said = [
+    said: list[Word] = [
         Published("c", Position(8, "epoch"), publications),
         Published("c", Position(9, "epoch")),
         Published("c", Position(), (Publication(b"passing"),)),

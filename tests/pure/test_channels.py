@@ -94,7 +94,7 @@ def test_other_symbols() -> None:
     ],
 )
 def test_names(channel: str, good: bool) -> None:
-    """PROTOCOL 9.1: bytes are counted; ASCII only, unless the namespace's pattern decides about the rest of the name."""
+    """PROTOCOL 9.1: bytes are counted; ASCII only, unless a pattern decides about the rest of the name."""
     channels = _channels(
         {"name": "it"}, {"name": "re", "channel_regex": r"^\d+$"}, {"name": "uni", "channel_regex": "^ä*$"}
     )
@@ -178,8 +178,8 @@ def test_what_is_off_is_off_for_everybody(deed: Any) -> None:
 def test_overrides(forced: bool, override: bool | None) -> None:
     """PROTOCOL 8.1: a token's override goes before the namespace's option; absent, the option counts."""
     names = ("presence", "join_leave", "force_push_join_leave", "force_positioning", "force_recovery")
-    channels, namespace = _space(**HISTORY, **{name: forced for name in names})
-    switched = Override(**{name: override for name in names})
+    channels, namespace = _space(**HISTORY, **dict.fromkeys(names, forced))
+    switched = Override(**dict.fromkeys(names, override))
     expected = forced if override is None else override
     assert grant(channels, ANN, namespace, switched) == Grant(*[expected] * 5)
 
@@ -209,17 +209,17 @@ def test_wishes_count_the_client_as_subscribed() -> None:
 def test_retention() -> None:
     """A kept namespace has sizes and times in ms, -1 for no limit; its meta TTL falls back on the general one."""
     channels = _channels(
-        {"name": "a", "history_size": 5, "history_ttl": "10s", "history_meta_ttl": "1h"},
-        {"name": "b", "history_size": -1, "history_ttl": "-1"},
-        {"name": "c"},
+        {"name": "aa", "history_size": 5, "history_ttl": "10s", "history_meta_ttl": "1h"},
+        {"name": "bb", "history_size": -1, "history_ttl": "-1"},
+        {"name": "cc"},
         history_meta_ttl="2h",
     )
-    a, b = channels.retention("a:1"), channels.retention("b:1")
+    a, b = channels.retention("aa:1"), channels.retention("bb:1")
     assert a is not None
     assert b is not None
     assert (a.size, a.ttl_ms, a.meta_ttl_ms) == (5, 10_000, 3_600_000)
     assert (b.size, b.ttl_ms, b.meta_ttl_ms) == (-1, -1, 7_200_000)
-    assert channels.retention("c:1") is None
+    assert channels.retention("cc:1") is None
     assert channels.retention("nowhere:1") is None
 
 

@@ -67,12 +67,13 @@ def test_told_of_a_loss_only_when_history_is_gone(log: ExpectedLog, seed: int, s
     live_through(_play(Random(seed), ["join", *story]))
 
 
-def test_a_cursor_of_a_forgotten_epoch_ends_its_wait() -> None:
+def test_a_cursor_of_a_forgotten_epoch_ends_its_wait(log: ExpectedLog) -> None:
     """Who catches up while history begins anew is told so; it once asked for repairs of a sound channel for ever."""
+    log.expect("subscription.lost")
     story = "join say_250 forget forget cut join say_3 wait_0.1 wait_1 say_1 say_250 say_1 trim trim cut join wait_0.01"
     story += " join join trim forget join cut cut join join join cut cut wait_0.01 say_1 join say_3 join say_3 forget"
     for seed in range(60):
-        live_through(_play(Random(seed), story.replace("_", " ").split(" ")))
+        live_through(_play(Random(seed), [act.replace("_", " ") for act in story.split()]))
 
 
 @given(SEEDS)

@@ -20,9 +20,7 @@ async def _user(url: str, user: str, **options: Any) -> Client:
 
 def _told(client: Client) -> list[tuple[str, str]]:
     """The joins and leaves that nobody took yet, as (kind, user)."""
-    return [
-        (kind, push[kind]["info"]["user"]) for push in client.pushes for kind in ("join", "leave") if kind in push
-    ]
+    return [(kind, push[kind]["info"]["user"]) for push in client.pushes for kind in ("join", "leave") if kind in push]
 
 
 # --- presence -------------------------------------------------------------------------
@@ -64,7 +62,7 @@ async def test_clients_and_users() -> None:
 @FORMATS
 @pytest.mark.parametrize("method", ["presence", "presence_stats"])
 async def test_presence_refusals(format: str, method: str) -> None:
-    """PROTOCOL 4.5, 10.4: 102 for an unknown namespace, 107 for a bad name, 108 where it is off, 103 where not allowed."""
+    """PROTOCOL 4.5, 10.4: 102 unknown namespace, 107 bad name, 108 presence is off, 103 not allowed."""
     only = {"name": "sub", "presence": True, "allow_subscribe_for_client": True, "allow_presence_for_subscriber": True}
     async with serving(_spaces({"name": "off", **OPEN}, {"name": "shut", "presence": True}, only)) as site:
         ann = await _user(site.url, "ann", format=format)
@@ -179,7 +177,7 @@ async def test_the_join_comes_behind_the_reply() -> None:
     ],
 )
 async def test_who_is_told(options: dict[str, Any], asked: bool, hears: bool) -> None:
-    """PROTOCOL 10.3, 14.2: joins go to those forced, or who ask and may read presence, where they are emitted at all."""
+    """PROTOCOL 10.3, 14.2: joins go to those forced, or who ask and may read presence, if emitted at all."""
     space = {"name": "it", "allow_subscribe_for_client": True, "allow_publish_for_client": True, **options}
     async with serving(_spaces(space)) as site:
         ann, bob = await _user(site.url, "ann"), await _user(site.url, "bob")

@@ -204,8 +204,7 @@ async def test_subscribing_in_the_midst_of_publishing(format: str) -> None:
                 assert result.get("offset", 0) == seen
             else:
                 seen = result.get("offset", 0)
-            count = 5
-            await client.until(lambda: publishing.done() or len(client.pushes) >= count)
+            await client.until(lambda: publishing.done() or len(client.pushes) >= 5)
             await client.ask("unsubscribe", channel="chat:1")
             pushed = [push["pub"] for push in client.pushes]
             client.pushes.clear()
