@@ -30,6 +30,7 @@ from handlers import make_app, make_sockets
 from handlers.socket import Sockets
 from server import auth
 from server.broker.memory import MemoryBroker
+from server.configuration import SettingsError, load
 from server.errors import SHUTDOWN, Unavailable
 from server.history import History
 from server.history.memory import MemoryHistory
@@ -39,7 +40,7 @@ from server.node import Node
 from server.observe import configure, event
 from server.presence.memory import MemoryPresence
 from server.session import Gate
-from server.settings import HttpServerSettings, Settings, SettingsError, load, without_secrets
+from server.settings import HttpServerSettings, Settings, without_secrets
 
 SWEEP_S = 1.0
 BACKLOG = 4096

@@ -26,6 +26,7 @@ from server.errors import (
     INSUFFICIENT_STATE,
     INTERNAL,
     INVALID_TOKEN,
+    LIMIT_EXCEEDED,
     MALFORMED,
     NOT_AVAILABLE,
     PERMISSION_DENIED,
@@ -284,6 +285,10 @@ async def presence(session: Session, command: Command) -> None:
     assert command.presence is not None
     channel = _presence_channel(session, command.presence)
     members = await session.node.presence.members(channel, session.node.clock())
+    most = session.node.settings.client.queue_max_size // 2
+    if sum(len(info.conn_info or b"") + len(info.chan_info or b"") + 160 for info in members.values()) > most:
+        raise Refused(LIMIT_EXCEEDED, f"presence is larger than half of client.queue_max_size ({most} bytes)")
+    await session.make_room()
     result = protocol.PresenceResult({client: protocol.client_info(info) for client, info in members.items()})
     session.reply(command, "presence", result)
 

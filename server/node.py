@@ -446,12 +446,12 @@ class Node:
         turn = self._turns.setdefault(subscription.outbox, asyncio.Lock())
         while step is not Step.LIVE:
             try:
-                async with turn:
-                    await subscription.outbox.drained()
-                    if step is Step.READ:
+                if step is Step.REPAIR:
+                    step = await self._wait_for_repair(subscription)
+                else:
+                    async with turn:
+                        await subscription.outbox.drained()
                         step = await self._read_on(subscription)
-                        continue
-                step = await self._wait_for_repair(subscription)
             except Disconnected as end:
                 if not subscription.closed:
                     subscription.session.disconnect(end.disconnect, "it did not take its history")

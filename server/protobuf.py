@@ -121,9 +121,9 @@ def prefixed(message: bytes) -> bytes:
     return bytes(head) + message
 
 
-def split(batch: bytes) -> list[bytes]:
-    """Take length-prefixed messages apart; raises ``ValueError`` if one is cut short."""
-    messages = []
+def split(batch: bytes, most: int) -> list[bytes]:
+    """Take length-prefixed messages apart; raises ``ValueError`` if one is cut short, or if there are too many."""
+    messages: list[bytes] = []
     position, end = 0, len(batch)
     while position < end:
         size = shift = 0
@@ -136,6 +136,8 @@ def split(batch: bytes) -> list[bytes]:
             if byte < 0x80:
                 break
             shift += 7
+        if len(messages) == most:
+            raise ValueError(f"more than {most} messages")
         if position + size > end:
             raise ValueError(f"a message of {size} bytes is cut short at {end - position}")
         messages.append(batch[position : position + size])

@@ -7,6 +7,7 @@ what msgspec makes of them, Protobuf is filled from them field by field.  Payloa
 Pure.  PROTOCOL 3 to 6.
 """
 
+import re
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
@@ -289,15 +290,33 @@ def publication(pub: stream.Publication, epoch: str = "") -> Publication:
 _raw = msgspec.json.Decoder(Raw)
 
 
+PAYLOAD_DEPTH = 128
+"""How deep a payload may be nested: some subscribers' parsers give up at a thousand, whatever ours can do."""
+
+_strings = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_brackets = re.compile(rb"[][{}]")
+
+
 def is_json(data: bytes) -> bool:
-    """Is this one valid JSON text in UTF-8, not nested beyond reason?"""
+    """Is this one valid JSON text in UTF-8, nested at most ``PAYLOAD_DEPTH`` deep?"""
     try:
         if not data.isascii():
             data.decode()
         _raw.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    return True
+    return data.count(b"[") + data.count(b"{") <= PAYLOAD_DEPTH or _depth(data) <= PAYLOAD_DEPTH
+
+
+def _depth(data: bytes) -> int:
+    depth = deepest = 0
+    for bracket in _brackets.findall(_strings.sub(b"", data)):
+        if bracket in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        else:
+            depth -= 1
+    return deepest
 
 
 def one_line(data: bytes) -> bytes:
@@ -309,6 +328,10 @@ def one_line(data: bytes) -> bytes:
 
 class Inexpressible(Exception):
     """A payload that is no JSON, for a client that speaks JSON: disconnect 3506 (PROTOCOL 9.4)."""
+
+
+FRAME_COMMANDS = 2_000
+"""How many commands a frame may hold; no proper ones that fit into 64 KB are more."""
 
 
 # --- the two formats ---------------------------------------------------------
@@ -354,9 +377,11 @@ class JsonCodec(Codec):
         try:
             if b"\n" not in batch:
                 return [self._decode(batch)]
-            lines = batch.split(b"\n")
+            lines = batch.split(b"\n", FRAME_COMMANDS + 1)
             if not lines[-1]:
                 lines.pop()
+            if len(lines) > FRAME_COMMANDS:
+                raise _malformed(f"a frame has more than {FRAME_COMMANDS} commands")
             return [self._decode(line) for line in lines]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _malformed(f"a frame is not made of JSON commands: {error}") from None
@@ -391,7 +416,7 @@ class ProtobufCodec(Codec):
     def decode(self, batch: bytes) -> list[Command]:
         """See ``Codec.decode``."""
         try:
-            messages = protobuf.split(batch)
+            messages = protobuf.split(batch, FRAME_COMMANDS)
             if not messages:
                 raise ValueError("an empty frame")
             return [_struct(protobuf.Command.FromString(message), Command) for message in messages]

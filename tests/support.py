@@ -1,4 +1,4 @@
-"""The words our tests are written in: a server, inside this process or beside it, and a client that speaks raw commands.
+"""The words our tests are written in: a server, inside this process or beside it, and a client of raw commands.
 
 ``serving`` runs a node with its web application on a free port of the test's own
 loop, with a clock that the test may move.  ``Process`` runs ``run.py`` as a
@@ -33,12 +33,13 @@ from handlers.socket import Sockets
 from server import protobuf
 from server.broker import Broker
 from server.broker.memory import MemoryBroker
+from server.configuration import load
 from server.history import History
 from server.history.memory import MemoryHistory
 from server.node import Node
 from server.presence import Presence
 from server.presence.memory import MemoryPresence
-from server.settings import Settings, load
+from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 15.0
@@ -103,6 +104,7 @@ class Clock:
         self.ahead_s = 0.0
 
     def __call__(self) -> float:
+        """Unix seconds."""
         return time.time() + self.ahead_s
 
 
@@ -271,6 +273,7 @@ class Client:
         self.connection = connection
         self.format = format
         self.pongs = pongs
+        self.hello: dict[str, Any] = {}
         self.pings = 0
         self.pushes: list[dict[str, Any]] = []
         self.close_code: tuple[int, str] | None = None
@@ -295,8 +298,6 @@ class Client:
         client = await cls.open(url, format=format, pongs=pongs)
         client.hello = await client.ask("connect", **request)
         return client
-
-    hello: dict[str, Any] = {}
 
     # --- saying ---------------------------------------------------------------
     async def send(self, *commands: Mapping[str, Any]) -> None:
@@ -415,7 +416,7 @@ class Client:
 def _messages(message: str | bytes) -> list[dict[str, Any]]:
     if isinstance(message, str):
         return [json.loads(line) for line in message.split("\n")]
-    return [_from_protobuf(part) for part in protobuf.split(message)]
+    return [_from_protobuf(part) for part in protobuf.split(message, 100_000)]
 
 
 _PAYLOADS = ("data", "info", "conn_info", "chan_info")

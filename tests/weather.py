@@ -12,7 +12,7 @@ import json
 import selectors
 from collections.abc import Iterable
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 from support import settings
 
@@ -335,11 +335,12 @@ class World:
         self._published = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def open(self) -> None:
+    async def __aenter__(self) -> Self:
         """Open the nodes, and let each sweep once a second."""
         for node in self.nodes:
             await node.open()
             self._spawn(self._sweep(node))
+        return self
 
     async def _sweep(self, node: Node) -> None:
         while True:
@@ -379,9 +380,9 @@ class World:
         if self.listeners:
             self.random.choice(self.listeners).cut()
 
-    def publish(self, count: int) -> None:
+    def publish(self, count: int, node: Node | None = None) -> None:
         """Some node publishes, not waiting for one before the next."""
-        node = self.random.choice(self.nodes)
+        node = node or self.random.choice(self.nodes)
         for _ in range(count):
             self._published += 1
             self._spawn(self._publish(node, json.dumps({"n": self._published}).encode()))
@@ -412,7 +413,7 @@ class World:
                 self.complain(f"somebody stands at {listener.offset} in the end, the top is {top}")
         assert not self.complaints, "; ".join(self.complaints[:5])
 
-    async def close(self) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """End the world."""
         for listener in self.listeners:
             listener.mailbox = None

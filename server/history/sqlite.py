@@ -1,72 +1,31 @@
 """History in one local file: what a server keeps that has no MongoDB.
 
-**Durable before acknowledged.**  Write-ahead log with ``synchronous=FULL``: a
-transaction is on the disk when ``COMMIT`` returns.  A disk does that some
-hundred times a second, so one writer thread commits whole batches (see
-``gathering``), one transaction each.  Offsets are numbered *inside* the
-transaction from the channel's row and never from a cache: after a failed
-commit, whatever became of it, the next one reads what is true.
+**Durable before acknowledged.**  A disk syncs some hundred times a second, so
+the one writer thread commits whole batches (see ``gathering``), one transaction
+each.  Offsets are numbered *inside* the transaction from the channel's row and
+never from a cache: after a failed commit, whatever became of it, the next one
+reads what is true.
 
-**Reads do not wait for the disk.**  They have a thread and a connection of
-their own; each is one read transaction, that is one consistent snapshot, begun
-after it was asked for and so never older than a commit already heard of.
+**Reads** are one read transaction each, and so one consistent snapshot; they do
+not wait for the writer.
 
-**The interpreter's lock.**  A waiting thread may ask a busy event loop for it
-only after a whole *switch interval* in which the loop never let go.  A loop lets
-go at every turn, for the microsecond that its ``select`` takes, which is too short for
-the thread to wake up: at Python's 5 ms the writer starves beside a loop with
-turns below that (single appends took 10 to 45 s; CPython 3.11, November 2026).
-``open`` therefore shortens the interval, of the whole process, to ``SWITCH_S``.  With
-turns of 0.15, 0.3 and 0.7 ms no append then took more than 40 ms, where 0.5 ms
-still left some at 2 s, and the loop lost nothing measurable.
+**Retention** is arithmetic when reading (``floor_at``); the sweep only gives
+the space back, in bounded steps.
 
-**One process.**  SQLite's ``locking_mode=EXCLUSIVE`` would lock out our own
-second connection, so an advisory lock (``flock``) is held on ``PATH.lock``, a
-file that stays behind: whoever deletes a lock file deletes the lock of the next
-one.  Programs that look into the database (``sqlite3``, a backup) are welcome;
-if one holds the write lock for longer than ``BUSY_S``, appends get
-``Unavailable`` and the next batch tries again.
-
-**Faults.**  Any error of SQLite answers all who waited for that transaction
-with ``Unavailable``, is logged at its onset and once when it is over, and drops
-the connection (unless the file was merely locked), so that the next transaction
-starts afresh.  A file that was moved or replaced under the running server is a
-fault too: SQLite itself would go on writing to a file without a name, and what
-was acknowledged would be gone at the next start.
-
-The tables, and why each is there:
-
-* ``channels``: one row a channel, made by its first commit: ``epoch``, ``top``,
-  ``floor`` (the highest offset gone for good), ``used_ms`` (the time of the last
-  commit: meta TTL, and times that never go backwards).  ``id`` stands for the
-  name in the big tables.  ``name`` is unique, which is also the index by which
-  commits and reads find it, and NULL once the channel is forgotten: it is gone
-  for all at once, while its rows are erased bit by bit.
-* ``publications``: one row each, keyed (``channel``, ``offset``) and stored in
-  that order (``WITHOUT ROWID``), so that a page is one stretch of the file and
-  no second index is to be kept.  All offsets above the floor up to the top are
-  there; ones below it may be, until the sweep comes by.  ``extra`` holds what few
-  publications have (info, tags), as MessagePack.
-* ``keys``: idempotency keys, by (``channel``, ``key``), the order they are asked
-  in.  ``keys_by_expiry`` is how the sweep finds the expired ones among millions.
-
-Retention is arithmetic when reading (``floor_at``); the sweep only gives
-the space back.  The file does not shrink, its free pages are used again.
+Knows what is in the tables; the file itself, its lock, its threads and its faults
+are ``sqlite_file``'s, which also says what each table is for.  What follows the
+class are the jobs that it sends there: functions of a connection, which run in
+the writer's or the reader's thread and touch nothing of the class.
 """
 
 import asyncio
-import fcntl
 import json
-import os
 import sqlite3
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import NamedTuple
 
 import msgspec
 
@@ -85,66 +44,13 @@ from server.history import (
     random_epoch,
 )
 from server.history.gathering import Commit, Gathering
+from server.history.sqlite_file import Damaged, SqliteFile, transaction
 from server.observe import event
 from server.stream import ClientInfo, Page, Position, Publication
 
-APPLICATION_ID = int.from_bytes(b"wspt", "big")
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE channels (
-    id INTEGER PRIMARY KEY,
-    name TEXT UNIQUE,
-    epoch TEXT NOT NULL,
-    top INTEGER NOT NULL,
-    floor INTEGER NOT NULL,
-    used_ms INTEGER NOT NULL
-);
-CREATE TABLE publications (
-    channel INTEGER NOT NULL,
-    offset INTEGER NOT NULL,
-    time_ms INTEGER NOT NULL,
-    data BLOB NOT NULL,
-    extra BLOB,
-    PRIMARY KEY (channel, offset)
-) WITHOUT ROWID;
-CREATE TABLE keys (
-    channel INTEGER NOT NULL,
-    key TEXT NOT NULL,
-    offset INTEGER NOT NULL,
-    epoch TEXT NOT NULL,
-    expires_ms INTEGER NOT NULL,
-    PRIMARY KEY (channel, key)
-) WITHOUT ROWID;
-CREATE INDEX keys_by_expiry ON keys (expires_ms);
-"""
-
-BUSY_S = 1.0
-SWITCH_S = 0.000_02
-CACHE_KB = 16 * 1024
-CHECKPOINT_PAGES = 4_000
-WAL_KEPT_BYTES = 64 * 1024 * 1024
 SWEEP_CHANNELS = 200
 SWEEP_ROWS = 10_000
 TOUCHED = 10_000
-
-T = TypeVar("T")
-Job = Callable[[sqlite3.Connection], T]
-
-_WORDS = {
-    sqlite3.SQLITE_BUSY: "is locked by another program",
-    sqlite3.SQLITE_LOCKED: "is locked by another program",
-    sqlite3.SQLITE_FULL: "cannot grow, the disk is full",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: a full or failing disk, or a quota",
-    sqlite3.SQLITE_READONLY: "cannot be written, see its permissions",
-    sqlite3.SQLITE_PERM: "cannot be opened, see its permissions",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened, see that it and its directory exist and may be written",
-    sqlite3.SQLITE_NOTADB: "is no SQLite database, or is damaged",
-    sqlite3.SQLITE_CORRUPT: "is damaged, restore it from a backup",
-}
-
-
-class _Damaged(sqlite3.DatabaseError):
-    """The file lacks what our own transactions put there, or is not the file we opened."""
 
 
 class _Extra(msgspec.Struct, array_like=True):
@@ -186,14 +92,10 @@ class SqliteHistory(History):
         idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS,
         epoch_source: Callable[[], str] = random_epoch,
     ) -> None:
-        # The real path, so that two names of one file (a link, another directory) meet at one lock.
-        self._path = os.path.realpath(path)
+        self._file = SqliteFile(path)
         self._idempotency_ttl_ms = idempotency_ttl_ms
         self._epoch_source = epoch_source
         self._gathering: Gathering[_Waiter] = Gathering()
-        self._writer = _Link(self._path, "commit")
-        self._reader = _Link(self._path, "read")
-        self._lock = -1
         self._loop: asyncio.AbstractEventLoop | None = None
         self._committing = False
         self._gather_due = False
@@ -203,33 +105,23 @@ class SqliteHistory(History):
         self._swept_id = 0
 
     def __repr__(self) -> str:
-        return f"SqliteHistory({self._path!r})"
+        return f"SqliteHistory({self._file.path!r})"
 
     async def open(self) -> None:
-        """Take the file: lock it, see whose it is, make its tables, and start both threads.
+        """Take the file, or make it.
 
-        Shortens the interpreter's switch interval; see the module's docstring.
+        Shortens the interpreter's switch interval; ``sqlite_file`` says why.
 
         Raises ``errors.Unavailable`` in operator's words: in use by another
         process, of another program or a newer version, damaged, not writable.
         """
         if self._loop is not None:
             raise RuntimeError("this SqliteHistory is open already")
-        loop = asyncio.get_running_loop()
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
-        try:
-            self._lock = await loop.run_in_executor(None, _take_lock, self._path)
-            self._writer.start(create=True)
-            await self._writer.run(partial(_adopt, path=self._path))
-            self._reader.start(create=False)
-            await self._reader.run(_look)
-        except BaseException:
-            await self._let_go()
-            raise
-        self._loop = loop
+        await self._file.open()
+        self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Finish all commits that were asked for, close both connections, and give up the lock."""
+        """Finish all commits that were asked for, and give up the file."""
         if self._loop is None:
             return
         loop, self._loop = self._loop, None  # from here on nothing new is taken
@@ -237,7 +129,7 @@ class SqliteHistory(History):
             self._settled = loop.create_future()
             await self._settled
             self._settled = None
-        await self._let_go()
+        await self._file.close()
 
     async def append(self, channel: str, draft: Draft, retention: Retention, now_ms: int) -> Appended:
         """Put ``draft`` into the next batch; returns once it is on the disk.  PROTOCOL 11.1, 11.8.
@@ -272,7 +164,7 @@ class SqliteHistory(History):
     ) -> Page:
         """Read a page from one snapshot.  PROTOCOL 4.6."""
         self._opened()
-        return await self._reader.run(
+        return await self._file.read(
             partial(
                 _read,
                 channel=channel,
@@ -288,12 +180,12 @@ class SqliteHistory(History):
     async def tops(self, channels: Iterable[str]) -> dict[str, Position]:
         """The newest position of each known channel, from one query."""
         self._opened()
-        return await self._reader.run(partial(_tops, names=json.dumps(list(channels))))
+        return await self._file.read(partial(_tops, names=json.dumps(list(channels))))
 
     async def remove(self, channel: str) -> None:
         """Forget the payloads of a channel at once; the sweep erases what is many.  PROTOCOL 11.1."""
         self._opened()
-        await self._writer.run(partial(_remove, channel=channel))
+        await self._file.write(partial(_remove, channel=channel))
         self._touch(channel)
 
     async def sweep(self, retention_of: RetentionOf, now_ms: int) -> None:
@@ -309,14 +201,14 @@ class SqliteHistory(History):
         self._opened()
         touched = list(self._touched)[:SWEEP_CHANNELS]
         names = json.dumps(touched)
-        found, self._swept_id = await self._reader.run(partial(_sweepable, names=names, after_id=self._swept_id))
+        found, self._swept_id = await self._file.read(partial(_sweepable, names=names, after_id=self._swept_id))
         plan = [(row_id, name, None if name is None else retention_of(name)) for row_id, name in found.items()]
         # Taken off before the transaction: what is committed meanwhile puts them back.
         for channel in touched:
             self._touched.pop(channel, None)
         unfinished: list[str] = touched
         try:
-            unfinished = await self._writer.run(partial(_sweep, plan=plan, now_ms=now_ms))
+            unfinished = await self._file.write(partial(_sweep, plan=plan, now_ms=now_ms))
         finally:
             for channel in unfinished:
                 self._touch(channel)
@@ -324,11 +216,11 @@ class SqliteHistory(History):
     async def new_epochs(self) -> int:
         """Start every channel on a new epoch at offset 0, in one transaction: payloads and keys are gone."""
         self._opened()
-        return await self._writer.run(partial(_new_epochs, epoch_source=self._epoch_source))
+        return await self._file.write(partial(_new_epochs, epoch_source=self._epoch_source))
 
     def _opened(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            raise Unavailable(f"history in {self._path} is not open")
+            raise Unavailable(f"history in {self._file.path} is not open")
         return self._loop
 
     def _touch(self, channel: str) -> None:
@@ -344,7 +236,7 @@ class SqliteHistory(History):
         batch = self._gathering.take()
         store = partial(_store, batch=batch, idempotency_ttl_ms=self._idempotency_ttl_ms, new_epoch=self._epoch_source)
         self._committing = True
-        self._writer.run(store).add_done_callback(partial(self._answer, batch))
+        self._file.write(store).add_done_callback(partial(self._answer, batch))
 
     def _answer(self, batch: list[Commit[_Waiter]], done: asyncio.Future[list[_Stored]]) -> None:
         """Tell the outcome of a batch, each commit to ``on_commit`` before its waiters, and begin the next."""
@@ -355,7 +247,7 @@ class SqliteHistory(History):
                 self._tell(commit, stored)
         else:
             if not isinstance(error, Unavailable):
-                event("history.batch_failed", fault=error, path=self._path)
+                event("history.batch_failed", fault=error, path=self._file.path)
             for commit in batch:
                 for waiter in self._gathering.fail(commit):
                     if not waiter.future.done():
@@ -377,200 +269,6 @@ class SqliteHistory(History):
             if not waiter.future.done():
                 waiter.future.set_result(outcome)
 
-    async def _let_go(self) -> None:
-        """Close both connections, the writer's last: it then folds the write-ahead log into the file."""
-        await self._reader.stop()
-        await self._writer.stop()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-
-class _Link:
-    """One thread with one connection, which it opens, mends after a fault, and closes.
-
-    Whatever goes wrong in SQLite comes out as ``errors.Unavailable``.  The first
-    fault after a success is logged as ``history.<event>_failed``, the first
-    success after it as ``history.<event>_recovered``; what fails before any
-    success fails ``open``, and its caller says so.
-    """
-
-    def __init__(self, path: str, event: str) -> None:
-        self._path = path
-        self._event = event
-        self._create = False
-        self._executor: ThreadPoolExecutor | None = None
-        # From here on the thread's own:
-        self._db: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
-        self._worked = False
-        self._faulty = False
-
-    def start(self, *, create: bool) -> None:
-        """Start the thread; it waits on a queue and costs nothing while idle."""
-        self._create = create
-        self._file = None
-        self._worked = self._faulty = False
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"history-{self._event}")
-
-    async def stop(self) -> None:
-        """Close the connection behind all jobs, and let the thread end; harmless if there is none."""
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            await asyncio.get_running_loop().run_in_executor(executor, self._drop)
-            executor.shutdown(wait=False)
-
-    def run(self, job: Job[T]) -> asyncio.Future[T]:
-        """Do ``job`` in the thread, behind those before it; raises ``errors.Unavailable``."""
-        if self._executor is None:
-            raise Unavailable(f"history in {self._path} is closed")
-        return asyncio.get_running_loop().run_in_executor(self._executor, self._do, job)
-
-    def _do(self, job: Job[T]) -> T:
-        try:
-            result = job(self._connection())
-        except sqlite3.Error as error:
-            words = f"{self._path} {_reason(error)}"
-            if self._worked and not self._faulty:
-                self._faulty = True
-                event(f"history.{self._event}_failed", path=self._path, error=_reason(error))
-            if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                self._drop()
-            raise Unavailable(words) from error
-        self._worked = True
-        if self._faulty:
-            self._faulty = False
-            event(f"history.{self._event}_recovered", path=self._path)
-        return result
-
-    def _connection(self) -> sqlite3.Connection:
-        """The connection, made anew after a fault, to the file that was opened first and to no other."""
-        if self._db is not None:
-            self._same_file()
-            return self._db
-        # Only the very first may make a file: later, a file that is missing was taken away.
-        mode = "rwc" if self._create and self._file is None else "rw"
-        if self._file is not None:
-            self._same_file()
-        db = sqlite3.connect(
-            f"file:{quote(self._path)}?mode={mode}",
-            uri=True,
-            timeout=BUSY_S,
-            isolation_level=None,
-            cached_statements=64,
-        )
-        try:
-            # FULL, and on macOS a sync that reaches the platter: acknowledged means durable.
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("PRAGMA fullfsync=1")
-            db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
-            db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-            db.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")
-            if self._file is None:
-                self._file = self._identity()
-        except BaseException:
-            db.close()
-            raise
-        self._db = db
-        return db
-
-    def _identity(self) -> tuple[int, int]:
-        try:
-            stat = os.stat(self._path)
-        except OSError as error:
-            raise _Damaged(f"is not where it was: {error.strerror}") from error
-        return stat.st_dev, stat.st_ino
-
-    def _same_file(self) -> None:
-        if self._identity() != self._file:
-            raise _Damaged("was replaced by another file under the running server, restart it")
-
-    def _drop(self) -> None:
-        db, self._db = self._db, None
-        if db is not None:
-            with suppress(sqlite3.Error):
-                db.close()
-
-
-def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code, 0 if the error is none of SQLite's own."""
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF
-
-
-def _reason(error: sqlite3.Error) -> str:
-    """What is wrong with the file in operator's words, to stand behind its path."""
-    words = _WORDS.get(_code(error))
-    return f"{words} ({error})" if words else str(error)
-
-
-def _take_lock(path: str) -> int:
-    """Lock ``path`` against other processes; returns the file descriptor that holds the lock.
-
-    Raises ``errors.Unavailable``: another process has it, or no lock file can be made beside it.
-    """
-    lock_path = f"{path}.lock"
-    try:
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be used for history: {lock_path}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
-        os.close(lock)
-        raise Unavailable(f"{path} is in use by another server, process {holder or 'unknown'}") from error
-    except OSError as error:
-        os.close(lock)
-        raise Unavailable(f"{path} cannot be locked: {lock_path}: {error.strerror}") from error
-    return lock
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[None]:
-    """Commit what the block did, or nothing of it."""
-    db.execute(begin)
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        # SQLite has rolled back by itself after some errors, and cannot after others; ``_Link`` then drops it.
-        if db.in_transaction:
-            with suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-        raise
-
-
-def _adopt(db: sqlite3.Connection, *, path: str) -> None:
-    """See that the file is ours, or empty and to be ours, before anything in it is changed."""
-    (application,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    empty = (application, version, tables) == (0, 0, 0)
-    if not empty and application != APPLICATION_ID:
-        raise Unavailable(f"{path} is a database of another program; name another file in sqlite.path")
-    if version > SCHEMA_VERSION:
-        raise Unavailable(
-            f"{path} was written by a newer version of this server (schema {version}, this one knows up to "
-            f"{SCHEMA_VERSION}); upgrade the server, or name another file in sqlite.path"
-        )
-    (journal,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
-    if journal != "wal":
-        raise Unavailable(f"{path} is on a file system without shared memory; name a file on a local disk")
-    if empty:
-        with _transaction(db, "BEGIN IMMEDIATE"):
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-
-def _look(db: sqlite3.Connection) -> None:
-    """A first job for the reader, so that ``open`` fails if it cannot read."""
-    db.execute("SELECT 1 FROM channels LIMIT 1").fetchone()
-
 
 def _store(
     db: sqlite3.Connection,
@@ -584,7 +282,7 @@ def _store(
     rows: list[tuple[int, int, int, bytes, bytes | None]] = []
     channels: list[tuple[int, int, int]] = []
     keys: list[tuple[int, str, int, str, int]] = []
-    with _transaction(db, "BEGIN IMMEDIATE"):
+    with transaction(db, "BEGIN IMMEDIATE"):
         for commit in batch:
             found = db.execute(
                 "SELECT id, epoch, top, used_ms FROM channels WHERE name=?", (commit.channel,)
@@ -629,7 +327,7 @@ def _floor(db: sqlite3.Connection, channel_id: int, retention: Retention, floor:
             "SELECT time_ms FROM publications WHERE channel=? AND offset=?", (channel_id, offset)
         ).fetchone()
         if row is None:
-            raise _Damaged(f"is damaged: publication {offset} of channel id {channel_id} is missing")
+            raise Damaged(f"is damaged: publication {offset} of channel id {channel_id} is missing")
         time_ms: int = row[0]
         return time_ms
 
@@ -648,7 +346,7 @@ def _read(
     reverse: bool,
 ) -> Page:
     """Read a page in one read transaction."""
-    with _transaction(db, "BEGIN"):
+    with transaction(db, "BEGIN"):
         found = db.execute("SELECT id, epoch, top, floor FROM channels WHERE name=?", (channel,)).fetchone()
         if found is None:
             return Page((), Position())
@@ -673,7 +371,7 @@ def _read(
                 row = rows.fetchone()
                 if row is None or row[0] != offset:
                     # Better no answer than a page with a hole, which would be taken for the truth.
-                    raise _Damaged(f"is damaged: publication {offset} of channel id {channel_id} is missing")
+                    raise Damaged(f"is damaged: publication {offset} of channel id {channel_id} is missing")
                 publication = _publication(*row)
                 size += publication.weight
                 if publications and size > max_bytes:
@@ -690,7 +388,7 @@ def _publication(offset: int, time_ms: int, data: bytes, packed: bytes | None) -
     try:
         extra = _extra_decoder.decode(packed)
     except msgspec.DecodeError as error:
-        raise _Damaged(f"is damaged: publication {offset}: {error}") from error
+        raise Damaged(f"is damaged: publication {offset}: {error}") from error
     return Publication(data, offset, time_ms, extra.info, extra.tags)
 
 
@@ -712,7 +410,7 @@ def _erase(db: sqlite3.Connection, channel_id: int, floor: int, limit: int) -> t
 
 def _remove(db: sqlite3.Connection, *, channel: str) -> None:
     """Raise the floor to the top, and begin to erase."""
-    with _transaction(db, "BEGIN IMMEDIATE"):
+    with transaction(db, "BEGIN IMMEDIATE"):
         found = db.execute("SELECT id, top FROM channels WHERE name=?", (channel,)).fetchone()
         if found is not None:
             channel_id, top = found
@@ -738,7 +436,7 @@ def _sweep(
     """Erase expired keys, and what is gone in the channels of ``plan``; returns those that need another call."""
     unfinished: list[str] = []
     # Begun as a read: where nothing is to erase, nothing is written and no disk is waited for.
-    with _transaction(db, "BEGIN"):
+    with transaction(db, "BEGIN"):
         expired = db.execute(
             "SELECT channel, key FROM keys WHERE expires_ms<=? ORDER BY expires_ms LIMIT ?", (now_ms, SWEEP_ROWS // 2)
         ).fetchall()
@@ -749,7 +447,7 @@ def _sweep(
             erased, finished = 0, False
             if left > 0:
                 # A damaged channel shall not stop the others: whoever reads it will hear of it.
-                with suppress(_Damaged):
+                with suppress(Damaged):
                     erased, finished = _sweep_channel(db, channel_id, name, retention, now_ms, left)
             left -= erased
             if not finished and name is not None:
@@ -794,7 +492,7 @@ def _sweep_channel(
 
 def _new_epochs(db: sqlite3.Connection, *, epoch_source: Callable[[], str]) -> int:
     """Begin every channel anew in one transaction; returns how many there are."""
-    with _transaction(db, "BEGIN IMMEDIATE"):
+    with transaction(db, "BEGIN IMMEDIATE"):
         db.execute("DELETE FROM publications")
         db.execute("DELETE FROM keys")
         db.execute("DELETE FROM channels WHERE name IS NULL")

@@ -19,7 +19,8 @@ from conftest import ExpectedLog
 
 from server.errors import Unavailable
 from server.history import Appended, Draft
-from server.history.sqlite import SWEEP_ROWS, SWITCH_S, SqliteHistory
+from server.history.sqlite import SWEEP_ROWS, SqliteHistory
+from server.history.sqlite_file import SWITCH_S
 from server.stream import Page, Retention
 
 ROOT = Path(__file__).parents[2]

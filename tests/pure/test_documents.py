@@ -15,8 +15,8 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from server import errors, protobuf
+from server.configuration import reference
 from server.observe import EVENTS
-from server.settings import reference
 
 ROOT = Path(__file__).parent.parent.parent
 PROTOCOL = (ROOT / "server" / "PROTOCOL.md").read_text()

@@ -6,6 +6,7 @@ Hypothesis writes the story, ``weather`` plays it in virtual time.
 import asyncio
 from random import Random
 
+import pytest
 from conftest import ExpectedLog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -20,9 +21,7 @@ QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(Hea
 
 
 async def _play(random: Random, story: list[str]) -> World:
-    world = World(random)
-    await world.open()
-    try:
+    async with World(random) as world:
         for act in story:
             verb, _, number = act.partition(" ")
             match verb:
@@ -39,8 +38,6 @@ async def _play(random: Random, story: list[str]) -> World:
                 case "forget":
                     await world.forget()
         await world.settle()
-    finally:
-        await world.close()
     return world
 
 
@@ -76,6 +73,32 @@ def test_a_cursor_of_a_forgotten_epoch_ends_its_wait(log: ExpectedLog) -> None:
         live_through(_play(Random(seed), [act.replace("_", " ") for act in story.split()]))
 
 
+@pytest.mark.parametrize("missed", [1, 1000])
+def test_a_hole_is_repaired_before_the_sweep(missed: int) -> None:
+    """What got lost between two words is there a moment after the second, be it more than a page."""
+
+    async def run() -> None:
+        async with World(Random(0)) as world:
+            world.weather.clear()
+            world.join()
+            await asyncio.sleep(1)
+            (session,) = [session for node in world.nodes for session in node.sessions.values()]
+            elsewhere = next(node for node in world.nodes if node is not session.node)
+            world.publish(1, elsewhere)
+            await asyncio.sleep(0.1)
+            world.weather.loss = 1.0
+            world.publish(missed, elsewhere)
+            await asyncio.sleep(0.1)
+            assert world.listeners[0].offset == 1
+            world.weather.loss = 0.0
+            world.publish(1, elsewhere)
+            await asyncio.sleep(0.5)
+            assert world.listeners[0].offset == missed + 2
+            await world.settle()
+
+    live_through(run())
+
+
 @given(SEEDS)
 @example(1)
 @settings(max_examples=10, deadline=None)
@@ -83,22 +106,19 @@ def test_a_mass_return_costs_few_reads(seed: int) -> None:
     """A hundred clients that come back within a second, each missing less than a page, share their history reads."""
 
     async def run() -> None:
-        world = World(Random(seed), nodes=1)
-        world.weather.clear()
-        await world.open()
-        for _ in range(100):
-            world.join()
-        await asyncio.sleep(2)
-        world.publish(30)
-        await asyncio.sleep(1)
-        for index, listener in enumerate(world.listeners):
-            listener.cut()
-            if index % 4 == 0:
-                world.publish(1)
-        history = world.histories[0]
-        before = history.reads
-        await world.settle()
-        assert history.reads - before <= 5
-        await world.close()
+        async with World(Random(seed), nodes=1) as world:
+            world.weather.clear()
+            for _ in range(100):
+                world.join()
+            await asyncio.sleep(2)
+            world.publish(30)
+            await asyncio.sleep(1)
+            for index, listener in enumerate(world.listeners):
+                listener.cut()
+                if index % 4 == 0:
+                    world.publish(1)
+            before = world.histories[0].reads
+            await world.settle()
+            assert world.histories[0].reads - before <= 5
 
     live_through(run())

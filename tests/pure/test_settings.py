@@ -12,18 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from server.settings import (
-    TRY_OUT,
-    ChannelOptions,
-    Fault,
-    Settings,
-    SettingsError,
-    duration_text,
-    load,
-    parse_duration,
-    reference,
-    without_secrets,
-)
+from server.configuration import Fault, SettingsError, load, reference
+from server.settings import TRY_OUT, ChannelOptions, Settings, duration_text, parse_duration, without_secrets
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"

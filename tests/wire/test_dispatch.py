@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support import Client, Site, config, serving, settings, token
 
-from server.settings import load
+from server.configuration import load
 
 FORMATS = pytest.mark.parametrize("format", ["json", "protobuf"])
 

@@ -97,7 +97,7 @@ async def test_a_half_open_line() -> None:
         await watcher.ask("subscribe", channel="live:1", join_leave=True)
         silent = await _user(site.url, "ann", pongs=False)
         await silent.ask("subscribe", channel="live:1")
-        for _ in range(34):
+        for _ in range(37):
             site.pass_time(1)
             await watcher.ask("presence_stats", channel="live:1")
         assert await silent.closed() == (3012, "no pong")

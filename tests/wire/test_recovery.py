@@ -321,17 +321,28 @@ async def test_a_new_epoch_under_a_subscription(format: str, log: ExpectedLog) -
 
 
 # --- many at once ------------------------------------------------------------------------
+async def _slow_line(site: Site) -> Client:
+    """A client whose socket takes little at a time."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    sock.connect(("127.0.0.1", site.port))
+    return await Client.open(site.url, sock=sock)
+
+
+async def _heavy(site: Site, channels: int, each: int) -> tuple[Client, list[str]]:
+    """Channels with so many publications of 60 KB each; returns who published them, and their names."""
+    writer = await Client.connected(site.url)
+    names = [f"chat:{number}" for number in range(channels)]
+    for name in names:
+        await asyncio.gather(*(writer.ask("publish", channel=name, data="x" * 60_000) for _ in range(each)))
+    return writer, names
+
+
 async def test_many_recoveries_in_one_frame() -> None:
     """A client that comes back with heavy channels over a slow line gets them at its own pace, not cut for the sum."""
     async with serving(settings(client={"queue_max_size": 300_000})) as site:
-        writer = await Client.connected(site.url)
-        names = [f"chat:{number}" for number in range(80)]
-        for name in names:
-            await asyncio.gather(*(writer.ask("publish", channel=name, data="x" * 60_000) for _ in range(2)))
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
-        sock.connect(("127.0.0.1", site.port))
-        client = await Client.open(site.url, sock=sock)
+        writer, names = await _heavy(site, 80, 2)
+        client = await _slow_line(site)
         hello = await client.ask("connect")
         session = site.node.sessions[hello["client"]]
         assert isinstance(session, Session)
@@ -347,3 +358,43 @@ async def test_many_recoveries_in_one_frame() -> None:
         for command in commands:
             result = (await client.reply(command["id"]))["subscribe"]
             assert _offsets(result["publications"]) == [1, 2]
+
+
+async def test_many_channels_catching_up() -> None:
+    """Many channels with many pages each catch up side by side: they take turns, and the socket is never overrun."""
+    async with serving() as site:
+        writer, names = await _heavy(site, 30, 10)
+        client = await _slow_line(site)
+        commands = [client.command("connect")]
+        commands += [client.command("subscribe", channel=name, recover=True) for name in names]
+        await client.send(*commands)
+        seen = dict.fromkeys(names, 0)
+        for name, command in zip(names, commands[1:], strict=True):
+            for offset in _offsets((await client.reply(command["id"]))["subscribe"]["publications"]):
+                assert offset == seen[name] + 1
+                seen[name] = offset
+            client.connection.transport.pause_reading()
+            await writer.ask("history", channel=name)
+            client.connection.transport.resume_reading()
+        for _ in range(30 * 10 - sum(seen.values())):
+            await client.until(lambda: bool(client.pushes))
+            push = client.pushes.pop(0)
+            assert push["pub"]["offset"] == seen[push["channel"]] + 1
+            seen[push["channel"]] += 1
+        assert set(seen.values()) == {10}
+
+
+async def test_a_heavy_connect() -> None:
+    """What server-side subscriptions recover together comes as far as it fits the reply; the rest follows as pushes."""
+    async with serving(settings(client={"queue_max_size": 300_000})) as site:
+        _, names = await _heavy(site, 100, 2)
+        client = await _slow_line(site)
+        subs = {name: {"recover": True} for name in names}
+        hello = await client.ask("connect", token=token({"sub": "ann", "channels": names}), subs=subs)
+        replied = {name: _offsets(hello["subs"][name].get("publications", [])) for name in names}
+        await client.until(lambda: sum(map(len, replied.values())) + len(client.pushes) >= 200)
+        for name in names:
+            assert hello["subs"][name]["recovered"] is True
+            pushed = [push["pub"]["offset"] for push in client.pushes if push["channel"] == name]
+            assert replied[name] + pushed == [1, 2]
+        await client.ask("publish", channel="live:1", data=1)
