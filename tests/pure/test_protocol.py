@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server import errors, protobuf, protocol, stream
 from server.errors import MALFORMED, Disconnected
-from server.protocol import JSON, PROTOBUF, Command, ProtobufCodec
+from server.protocol import FRAME_COMMANDS, JSON, PAYLOAD_DEPTH, PROTOBUF, Codec, Command, ProtobufCodec, is_json
 
 
 def _json(message: bytes) -> Any:
@@ -24,7 +24,7 @@ def _command(**fields: Any) -> bytes:
 
 
 def _reply(message: bytes) -> Any:
-    (one,) = protobuf.split(message)
+    (one,) = protobuf.split(message, 100)
     return client_pb2.Reply.FromString(one)
 
 
@@ -303,16 +303,16 @@ def test_pings_are_empty() -> None:
 @given(st.lists(st.binary(max_size=300), max_size=20))
 def test_prefixes(messages: list[bytes]) -> None:
     """Messages behind their lengths are taken apart again, as many and as long as they were."""
-    assert protobuf.split(b"".join(map(protobuf.prefixed, messages))) == messages
+    assert protobuf.split(b"".join(map(protobuf.prefixed, messages)), 100) == messages
 
 
 def test_long_prefixes() -> None:
     """Lengths of more than seven and fourteen bits, and the first that is cut short."""
     for size in (0, 1, 127, 128, 16_383, 16_384, 70_000):
-        assert protobuf.split(protobuf.prefixed(bytes(size))) == [bytes(size)]
+        assert protobuf.split(protobuf.prefixed(bytes(size)), 1) == [bytes(size)]
         if size:
             with pytest.raises(ValueError, match="cut short"):
-                protobuf.split(protobuf.prefixed(bytes(size))[:-1])
+                protobuf.split(protobuf.prefixed(bytes(size))[:-1], 1)
 
 
 def test_channel_names_are_escaped() -> None:
@@ -353,3 +353,21 @@ def test_json_payloads(data: bytes) -> None:
 def test_what_is_no_json_payload(data: bytes) -> None:
     """What would break a subscriber's parser is not taken for JSON."""
     assert not protocol.is_json(data)
+
+
+@pytest.mark.parametrize(("codec", "pong"), [(JSON, b"{}\n"), (PROTOBUF, b"\x00")], ids=["json", "protobuf"])
+def test_a_frame_holds_so_many_commands(codec: Codec, pong: bytes) -> None:
+    """A frame of 2,000 commands is read, one more is malformed before any is made (PROTOCOL 18)."""
+    assert len(codec.decode(pong * FRAME_COMMANDS)) == FRAME_COMMANDS
+    with pytest.raises(Disconnected) as caught:
+        codec.decode(pong * (FRAME_COMMANDS + 1))
+    assert caught.value.disconnect == MALFORMED
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'["]",', b'{"\\\\":', b'["\\"]]]",'])
+def test_payloads_are_nested_so_deep(opening: bytes) -> None:
+    """A payload 128 deep is JSON to us, a deeper one is not, whatever its strings hold; breadth is free."""
+    closing = b"}" if opening.startswith(b"{") else b"]"
+    assert is_json(opening * PAYLOAD_DEPTH + b"0" + closing * PAYLOAD_DEPTH)
+    assert not is_json(opening * (PAYLOAD_DEPTH + 1) + b"0" + closing * (PAYLOAD_DEPTH + 1))
+    assert is_json(b"[" + b",".join([opening + b"0" + closing] * 500) + b"]")
