@@ -5,6 +5,7 @@ that carries it out.  Answers are 200 with ``result`` or ``error``, since the
 back-end SDKs depend on that.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -159,8 +160,9 @@ class Api:
         data = check_payload(_payload(request.data, request.b64data), namespace)
         if not namespace.binary:
             data = protocol.one_line(data)
-        self._node.check_size(data)
         if request.skip_history:
+            if request.idempotency_key and self._node.repeated(name, request.idempotency_key):
+                return Positioned()
             self._node.publish_passing(name, Publication(data, tags=request.tags))
             return Positioned()
         draft = Draft(data, tags=request.tags, key=request.idempotency_key)
@@ -171,13 +173,14 @@ class Api:
         """PROTOCOL 15.2; one channel's error does not fail the call."""
         if not request.channels:
             raise Refused(BAD_REQUEST, "broadcast without channels")
-        responses: list[dict[str, Any]] = []
-        for channel in request.channels:
+
+        async def one(channel: str) -> dict[str, Any]:
             try:
-                responses.append({"result": await self.publish(request, channel)})
+                return {"result": await self.publish(request, channel)}
             except (Refused, Unavailable) as error:
-                responses.append({"error": _error(error)})
-        return {"responses": responses}
+                return {"error": _error(error)}
+
+        return {"responses": await asyncio.gather(*map(one, request.channels))}
 
     async def subscribe(self, request: Subscribe) -> protocol.Body:
         """PROTOCOL 15.2."""
@@ -254,7 +257,7 @@ class Api:
         """PROTOCOL 15.2; offsets go on, epoch and idempotency keys stay."""
         if not self._known(request.channel).kept:
             raise Refused(NOT_AVAILABLE, "the namespace keeps no history")
-        await self._node.history.remove(request.channel)
+        await self._node.remove(request.channel)
         return protocol.EMPTY
 
     async def info(self, request: Info) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Channels:
         self._settings = settings
         self._without = self._namespace("", settings.without_namespace)
         self._namespaces = {ns.name: self._namespace(ns.name, ns) for ns in settings.namespaces}
-        self.namespace = lru_cache(maxsize=8192)(self._find)
+        self._cached = lru_cache(maxsize=8192)(self._find)
 
     def _namespace(self, name: str, options: ChannelOptions) -> Namespace:
         retention = None
@@ -81,6 +81,10 @@ class Channels:
         pattern = re.compile(options.channel_regex) if options.channel_regex else None
         data_format = options.publication_data_format or self._settings.publication_data_format
         return Namespace(name, options, retention, pattern, data_format)
+
+    def namespace(self, channel: str) -> Namespace | None:
+        """The namespace of ``channel``; ``None`` if there is none.  Overlong names are not worth remembering."""
+        return self._cached(channel) if len(channel) <= self._settings.max_length else self._find(channel)
 
     def _find(self, channel: str) -> Namespace | None:
         name = channel.removeprefix(self._settings.private_prefix) if self._settings.private_prefix else channel

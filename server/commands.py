@@ -205,7 +205,7 @@ def unsubscribe(session: Session, command: Command) -> Carrying:
 
 
 async def _unsubscribe_patiently(session: Session, command: Command, subscription: Subscription) -> None:
-    await session.node.exit(subscription)
+    await asyncio.shield(session.node.exit(subscription))
     session.reply(command, "unsubscribe")
 
 

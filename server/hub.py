@@ -116,9 +116,9 @@ class Subscription:
         self.present = False
         """Is it entered into presence?"""
         self.begun = False
-        """Is its reply out?  Nothing else of the channel may come before."""
+        """Is its reply out?"""
         self.wants_joins = False
-        """Is it told of joins and leaves?"""
+        """Shall it be told of joins and leaves, once its reply is out?"""
         self.leaves_word = False
         """Are others told when it joins and leaves?"""
         self.joined = False
@@ -149,6 +149,7 @@ class Feed:
     __slots__ = (
         "ahead",
         "ahead_bytes",
+        "audience",
         "catching",
         "channel",
         "cursor",
@@ -170,6 +171,8 @@ class Feed:
         self.cursor: Cursor | None = None
         self.live: dict[Wire, dict[Outbox, Subscription]] = {}
         self.catching: set[Subscription] = set()
+        self.audience: set[Subscription] = set()
+        """Who is told of joins and leaves."""
         self.tail: deque[Publication] = deque()
         self.tail_bytes = 0
         self.tail_wanted = False
@@ -237,6 +240,7 @@ class Hub:
         if feed is None:
             return None
         subscription.feed = None
+        feed.audience.discard(subscription)
         if subscription.live:
             self._settle(feed)
             group = feed.live[subscription.outbox.wire]
@@ -252,6 +256,12 @@ class Hub:
         self._tails.discard(feed)
         return feed
 
+    def begin(self, subscription: Subscription) -> None:
+        """The reply of a subscription is out, so it may hear of joins and leaves."""
+        subscription.begun = True
+        if subscription.wants_joins and subscription.feed is not None:
+            subscription.feed.audience.add(subscription)
+
     def go_live(self, subscription: Subscription) -> Step:
         """Make a subscription live that has read history to the top, if it and its channel can meet.
 
@@ -260,11 +270,11 @@ class Hub:
         """
         feed, cursor = subscription.feed, subscription.cursor
         assert feed is not None, f"{subscription!r} has no feed"
+        self._settle(feed)  # its reply stands before its tail
         if cursor is not None:
             step = self._meet(feed, subscription, cursor)
             if step is not Step.LIVE:
                 return step
-        self._settle(feed)
         feed.catching.discard(subscription)
         feed.live.setdefault(subscription.outbox.wire, {})[subscription.outbox] = subscription
         subscription.cursor = None
@@ -470,13 +480,12 @@ class Hub:
             return
         body = protocol.Presence(protocol.client_info(info))
         frames: dict[Wire, bytes] = {}
-        for subscription in feed.subscriptions():
-            if subscription.wants_joins and subscription.begun:
-                wire = subscription.outbox.wire
-                frame = frames.get(wire)
-                if frame is None:
-                    frame = frames[wire] = wire.frame(protocol.CODECS[wire.format].push(channel, kind, body))
-                self.post(subscription.outbox, frame)
+        for subscription in feed.audience:
+            wire = subscription.outbox.wire
+            frame = frames.get(wire)
+            if frame is None:
+                frame = frames[wire] = wire.frame(protocol.CODECS[wire.format].push(channel, kind, body))
+            self.post(subscription.outbox, frame)
 
     def send(self, subscription: Subscription, publications: Iterable[Publication], epoch: str) -> None:
         """Publications to one subscription that is catching up; its cursor moves with each."""

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from server import broker as wires
 from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Target, Word
 from server.channels import Channels, Namespace
-from server.errors import BAD_REQUEST, Disconnect, Disconnected, Refused, Unavailable
+from server.errors import BAD_REQUEST, SERVER_ERROR, Disconnect, Disconnected, Refused, Unavailable
 from server.history import Appended, Draft, History
 from server.hub import Feed, Hub, Step, Subscription
 from server.observe import event
@@ -31,7 +31,7 @@ from server.outbox import Outbox
 from server.presence import Presence
 from server.protocol import MAX_OFFSET
 from server.settings import Settings
-from server.stream import ClientInfo, Page, Position, Publication, Verdict, catch_up
+from server.stream import ClientInfo, Page, Position, Publication, Verdict, catch_up, weight_of
 from server.timetable import Timetable
 
 T = TypeVar("T")
@@ -60,6 +60,9 @@ class Session(Protocol):
 
     def tick(self, now: float) -> None:
         """The moment that the session put into the timetable has come."""
+
+    def rewind(self, seconds: float) -> None:
+        """The clock was set back: put what is due back as well, and into the timetable anew."""
 
     def disconnect(self, disconnect: Disconnect, why: str = "") -> None:
         """End the connection."""
@@ -109,6 +112,9 @@ class Node:
         self._busy: set[str] = set()
         self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
         self._tops: dict[str, Position] = {}
+        self._exits: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._ghosts: set[tuple[str, str]] = set()
+        self._swept_at = 0.0
         self._passing_keys: dict[tuple[str, str], float] = {}
         self._next_tops = self._next_renewal = 0.0
         self.started_at = 0.0
@@ -189,9 +195,9 @@ class Node:
         """
         if len(draft.key) > 256:
             raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
-        self.check_size(draft.data)
+        self.check_size(draft)
         if namespace.retention is None:
-            if draft.key and self._repeated(channel, draft.key):
+            if draft.key and self.repeated(channel, draft.key):
                 return Appended(Position(), repeated=True)
             self.publish_passing(channel, Publication(draft.data, info=draft.info, tags=draft.tags))
             return Appended(Position())
@@ -199,29 +205,30 @@ class Node:
             self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
         )
 
-    def check_size(self, data: bytes) -> None:
-        """Raises ``Refused(BAD_REQUEST)`` for a payload that would cut every subscriber it is sent to (PROTOCOL 18)."""
+    def check_size(self, draft: Draft | Publication) -> None:
+        """Raises ``Refused(BAD_REQUEST)`` for what would cut every subscriber that it is sent to (PROTOCOL 18)."""
         most = self.settings.client.queue_max_size // 2
-        if len(data) > most:
+        if weight_of(draft.data, draft.info, draft.tags) > most:
             raise Refused(BAD_REQUEST, f"a payload is larger than half of client.queue_max_size ({most} bytes)")
 
     def publish_passing(self, channel: str, publication: Publication) -> None:
-        """Deliver and announce a publication that nobody keeps: at most once, in order per publisher."""
+        """Deliver and announce a publication that nobody keeps: at most once, in order per publisher.
+
+        Raises ``errors.Refused`` if it is too large.
+        """
+        self.check_size(publication)
         self.hub.hear(channel, "", publication)
         self.broker.announce(Published(channel, Position(), (publication,)))
 
-    def _repeated(self, channel: str, key: str) -> bool:
+    def repeated(self, channel: str, key: str) -> bool:
+        """Has this key been used in a passing channel in the last minutes?  It counts as used from now on."""
         now = self.clock()
         keys = self._passing_keys
-        if keys.get((channel, key), 0) > now:
-            return True
-        if len(keys) >= PASSING_KEYS:
-            for old in [old for old, until in keys.items() if until <= now]:
-                del keys[old]
-            while len(keys) >= PASSING_KEYS:
-                del keys[next(iter(keys))]
-        keys[channel, key] = now + PASSING_KEY_S
-        return False
+        until = keys.pop((channel, key), 0.0)
+        while len(keys) >= PASSING_KEYS:
+            del keys[next(iter(keys))]  # the oldest
+        keys[channel, key] = until if until > now else now + PASSING_KEY_S
+        return until > now
 
     def committed(self, channel: str, epoch: str, publications: Sequence[Publication]) -> None:
         """History has made these durable: deliver them here, then tell the others."""
@@ -248,6 +255,13 @@ class Node:
                 self.hub.tell(channel, "join", info)
             case Left(channel, info):
                 self.hub.tell(channel, "leave", info)
+
+    async def remove(self, channel: str) -> None:
+        """Forget the payloads of a kept channel; offsets go on (PROTOCOL 11.1).  Raises ``errors.Unavailable``."""
+        await self.history.remove(channel)
+        feed = self.hub.feeds.get(channel)
+        if feed is not None:
+            feed.forget_tail()
 
     # --- repair ---------------------------------------------------------------
     def _compare(self, channel: str, top: Position) -> None:
@@ -312,8 +326,8 @@ class Node:
         except Unavailable as error:
             event("history.unavailable", why=error)
             return
-        for channel, top in tops.items():
-            self._compare(channel, top)
+        for channel in followed:
+            self._compare(channel, tops.get(channel, Position()))
 
     # --- reading --------------------------------------------------------------
     async def read(
@@ -375,6 +389,13 @@ class Node:
                         future.set_exception(error)
                 left = []
                 continue
+            except Exception as fault:
+                event("task.failed", task=f"read {feed.channel}", fault=fault)
+                for _, future in asked:
+                    if not future.done():
+                        future.set_exception(Unavailable("a fault of ours while reading"))
+                left = []
+                continue
             self.hub.remember(feed, page)
             last = page.publications[-1].offset if page.publications else page.top.offset
             left = []
@@ -426,6 +447,7 @@ class Node:
         ``top`` is where history stood when its page was read; ``None`` for a
         passing channel.
         """
+        self.hub.begin(subscription)
         cursor = subscription.cursor
         if cursor is not None and top is not None and cursor.offset < top.offset:
             self._start_catching_up(subscription)
@@ -459,6 +481,10 @@ class Node:
             except Unavailable as error:
                 event("channel.repair_failed", channel=subscription.channel, why=error)
                 await asyncio.sleep(RETRY_S)
+            except Exception as fault:
+                event("task.failed", task=f"catch up {subscription.channel}", fault=fault)
+                subscription.session.disconnect(SERVER_ERROR, "a fault of ours while it caught up")
+                return
             if subscription.closed:
                 return
 
@@ -479,7 +505,11 @@ class Node:
             return Step.LIVE
         if not cursor.epoch:
             cursor.epoch = page.top.epoch
-        return self.hub.go_live(subscription) if cursor.offset >= page.top.offset else Step.READ
+        if cursor.offset < page.top.offset:
+            return Step.READ
+        if not page.top.epoch and feed.cursor is not None and feed.cursor.epoch:
+            return Step.REPAIR  # History has forgotten the channel under its live ones.
+        return self.hub.go_live(subscription)
 
     async def _wait_for_repair(self, subscription: Subscription) -> Step:
         repair = self._mend(subscription.channel, patiently=False)
@@ -506,10 +536,16 @@ class Node:
     # --- presence, joins and leaves --------------------------------------------
     async def enter(self, subscription: Subscription) -> None:
         """Enter a subscription into presence if its channel keeps that; raises ``errors.Unavailable``."""
-        if subscription.present and not subscription.closed:
-            await self.presence.add(subscription.channel, subscription.info)
-            if subscription.closed:
-                await self.presence.remove(subscription.channel, subscription.info.client)
+        if not subscription.present or subscription.closed:
+            return
+        channel, client = subscription.channel, subscription.info.client
+        before = self._exits.get((channel, client))
+        if before is not None:
+            await asyncio.shield(before)  # else its removal would take us out again
+        await self.presence.add(channel, subscription.info)
+        self._ghosts.discard((channel, client))
+        if subscription.closed:
+            await self.presence.remove(channel, client)
 
     def say_join(self, subscription: Subscription) -> None:
         """Tell the channel that somebody subscribed, if it emits joins; after the reply."""
@@ -518,13 +554,21 @@ class Node:
             self.hub.tell(subscription.channel, "join", subscription.info)
             self.broker.announce(Joined(subscription.channel, subscription.info))
 
-    async def exit(self, subscription: Subscription) -> None:
-        """Take a subscription that was released out of presence, then say the leave."""
+    def exit(self, subscription: Subscription) -> asyncio.Task[None]:
+        """Take a subscription that was released out of presence, then say the leave; returns the task that does so."""
+        key = subscription.channel, subscription.info.client
+        task = self._exits[key] = self.spawn(self._exit(subscription), f"exit {subscription.channel}")
+        task.add_done_callback(lambda _: self._exits.pop(key) if self._exits.get(key) is task else None)
+        return task
+
+    async def _exit(self, subscription: Subscription) -> None:
+        channel, client = subscription.channel, subscription.info.client
         if subscription.present:
             try:
-                await self.presence.remove(subscription.channel, subscription.info.client)
+                await self.presence.remove(channel, client)
             except Unavailable as error:
                 event("presence.unavailable", why=error)
+                self._ghosts.add((channel, client))
         if subscription.joined:
             self.say_leave(subscription.channel, subscription.info)
 
@@ -539,8 +583,13 @@ class Node:
             if not await self.presence.renew(now):
                 for feed in list(self.hub.feeds.values()):
                     for subscription in list(feed.subscriptions()):
-                        if not subscription.closed:
+                        if subscription.present and not subscription.closed:
                             await self.enter(subscription)
+                            if subscription.joined and not subscription.closed:
+                                self.say_join(subscription)  # the others were told that it left
+            for channel, client in list(self._ghosts):
+                await self.presence.remove(channel, client)
+                self._ghosts.discard((channel, client))
             for channel, info in await self.presence.sweep(self.clock()):
                 namespace = self.channels.namespace(channel)
                 if namespace is not None and namespace.options.join_leave:
@@ -570,6 +619,9 @@ class Node:
     # --- once a second ----------------------------------------------------------
     def sweep(self, now: float) -> None:
         """The once-a-second work: due sessions, retention, leases, and the search for silent losses."""
+        if now < self._swept_at - 1:
+            self._rewind(self._swept_at - now)
+        self._swept_at = now
         for session in self.timetable.due(now):
             session.tick(now)
         self.hub.sweep()
@@ -583,6 +635,12 @@ class Node:
             self._next_renewal = now + self.settings.presence.lease / 4
             self._once("keep presence", self._keep_presence)
         self._once("sweep history", self._sweep_history)
+
+    def _rewind(self, seconds: float) -> None:
+        """The clock was set back: nothing waits until it is then again."""
+        self._next_tops = self._next_renewal = 0.0
+        for session in self.timetable.rewind():
+            session.rewind(seconds)
 
     async def _sweep_history(self) -> None:
         try:

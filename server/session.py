@@ -39,10 +39,12 @@ from server.errors import (
     SLOW,
     STALE,
     SUBSCRIPTION_EXPIRED,
+    TOO_MANY_ERRORS,
     UNSUBSCRIBE_EXPIRED,
     UNSUBSCRIBE_INSUFFICIENT_STATE,
     Disconnect,
     Disconnected,
+    Refusal,
     Refused,
     Unavailable,
     Unsubscribe,
@@ -59,6 +61,10 @@ YEAR_S = 365 * 24 * 3600
 
 INBOX = 64
 """Commands that may wait behind a slow one before the socket is read no further."""
+
+LOGGED_REFUSALS = 20
+REFUSALS = 1000
+"""Refusals in a row of which the log has each, and after which the client is disconnected with 3509."""
 
 TURN = 200
 """Commands of one client that are answered in one loop turn before others have theirs."""
@@ -101,6 +107,7 @@ class Session:
         "_inbox",
         "_paused",
         "_pong_by",
+        "_refusals",
         "_skills",
         "_stale_at",
         "arrived",
@@ -137,6 +144,7 @@ class Session:
         self._inbox: deque[tuple[Command, float]] | None = None
         self._busy = False
         self._paused = False
+        self._refusals = 0
         self.granted: frozenset[str] = frozenset()
         self.arrived = 0.0
         self._stale_at = node.clock() + node.settings.client.stale_close_delay
@@ -253,10 +261,10 @@ class Session:
                 return
             case Refused():
                 refusal, why = error.refusal, error.why
-                event("command.refused", client=self.client, method=method, code=refusal.code, why=why)
+                self._note_refusal(method, refusal, why)
             case Unavailable():
                 refusal = INTERNAL
-                event("command.refused", client=self.client, method=method, code=refusal.code, why=str(error))
+                self._note_refusal(method, refusal, str(error))
             case protocol.Inexpressible():
                 self.disconnect(INAPPROPRIATE_PROTOCOL, str(error))
                 return
@@ -266,8 +274,19 @@ class Session:
         if method == "connect":
             self.state = State.REJECTED
             self._inbox = None
+            if self._paused:
+                self._paused = False
+                self.outbox.resume_reading()
         if command.id:
             self.write(protocol.CODECS[self.outbox.wire.format].refusal(command.id, refusal))
+        if self._refusals >= REFUSALS:
+            self.disconnect(TOO_MANY_ERRORS, f"{REFUSALS} refusals in a row")
+
+    def _note_refusal(self, method: str, refusal: Refusal, why: str) -> None:
+        """Log the first refusals in a row; a client that goes on and on does not fill the log."""
+        self._refusals += 1
+        if self._refusals <= LOGGED_REFUSALS:
+            event("command.refused", client=self.client, method=method, code=refusal.code, why=why)
 
     def _dispatch(self, command: Command) -> Carrying:
         """Carry out one command, or return what is to be awaited for it; PROTOCOL 3.4."""
@@ -286,6 +305,7 @@ class Session:
 
     def reply(self, command: Command, method: str, result: protocol.Body = protocol.EMPTY) -> None:
         """Answer a command."""
+        self._refusals = 0
         self.write(protocol.CODECS[self.outbox.wire.format].reply(command.id, method, result))
 
     def push(self, channel: str, kind: str, body: protocol.Body) -> None:
@@ -313,7 +333,7 @@ class Session:
         if not subscription.closed:
             self.node.release(subscription)
             if subscription.present or subscription.leaves_word:
-                self.node.spawn(self.node.exit(subscription), f"exit {subscription.channel}")
+                self.node.exit(subscription)
 
     def _end_subscription(self, subscription: Subscription, unsubscribe: Unsubscribe) -> None:
         self.drop(subscription)
@@ -412,6 +432,15 @@ class Session:
                 self.write(protocol.CODECS[self.outbox.wire.format].ping)
         self.plan()
 
+    def rewind(self, seconds: float) -> None:
+        """The clock was set back by so much: so is all that is due."""
+        self.next_ping -= seconds
+        self._pong_by -= seconds
+        self._stale_at -= seconds
+        self.plan()
+        if self.state is not State.CONNECTED and not self.closed:
+            self.node.timetable.put(self, self._stale_at)
+
     def _expire_subscriptions(self, until: float) -> bool:
         """End the subscriptions that expired before ``until``; false if that ended the connection."""
         expired = [sub for sub in self.subscriptions.values() if sub.expire_at and sub.expire_at <= until]
@@ -461,17 +490,10 @@ class Session:
     def leave_all(self) -> None:
         """Forget all subscriptions now; what others must learn is seen to beside us."""
         subscriptions, self.subscriptions = self.subscriptions, {}
-        to_tell = []
         for subscription in subscriptions.values():
             self.node.release(subscription)
             if subscription.present or subscription.leaves_word:
-                to_tell.append(subscription)
-        if to_tell:
-            self.node.spawn(self._exit_all(to_tell), f"exit {self.client}")
-
-    async def _exit_all(self, subscriptions: list[Subscription]) -> None:
-        for subscription in subscriptions:
-            await self.node.exit(subscription)
+                self.node.exit(subscription)
 
 
 def ttl_s(expire_at: int, now: float) -> int:

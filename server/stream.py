@@ -57,10 +57,17 @@ class Publication(msgspec.Struct, frozen=True):
     @property
     def weight(self) -> int:
         """Bytes that this publication is counted with wherever bytes are bounded."""
-        extra = 0
-        if self.info is not None:
-            extra = len(self.info.conn_info or b"") + len(self.info.chan_info or b"") + 64
-        return len(self.data) + extra + 64
+        return weight_of(self.data, self.info, self.tags)
+
+
+def weight_of(data: bytes, info: ClientInfo | None, tags: dict[str, str] | None) -> int:
+    """About how many bytes a publication takes on the wire and in memory."""
+    weight = len(data) + 64
+    if info is not None:
+        weight += len(info.conn_info or b"") + len(info.chan_info or b"") + 64
+    if tags:
+        weight += sum(len(name) + len(value) for name, value in tags.items()) + 64
+    return weight
 
 
 class Page(msgspec.Struct, frozen=True):

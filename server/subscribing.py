@@ -225,7 +225,6 @@ def begin(session: Session, subscription: Subscription, top: Position | None) ->
     """The reply is out: let the subscription go live, and say the join."""
     if subscription.closed:
         return
-    subscription.begun = True
     session.node.settle(subscription, top)
     session.node.say_join(subscription)
 

@@ -41,6 +41,14 @@ class Timetable(Generic[T]):
         if second is not None:
             self._drop(who, second)
 
+    def rewind(self) -> list[T]:
+        """Forget the time and all entries, since the clock was set back; returns who had one, to put it anew."""
+        who = list(self._when)
+        self._seconds.clear()
+        self._when.clear()
+        self._past = 0
+        return who
+
     def due(self, now: float) -> list[T]:
         """Take out and return all whose time has come."""
         present = int(now)

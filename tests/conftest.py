@@ -1,9 +1,23 @@
-"""What every test gets: a log that must stay quiet."""
+"""What every test gets: a loop to run on, and a log that must stay quiet."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def _one_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(autouse=True)
+def _current_loop(_one_loop: asyncio.AbstractEventLoop) -> None:
+    """All tests run on one loop, since several share a browser; newer Pythons make none by themselves."""
+    asyncio.set_event_loop(_one_loop)
 
 
 class ExpectedLog:

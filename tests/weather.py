@@ -317,6 +317,7 @@ class World:
         self.listeners: list[Listener] = []
         self.complaints: list[str] = []
         self.acknowledged = 0
+        self.ends = 0
         chosen = settings_ or settings()
         self.gate = make_gate(chosen)
         bus, board = Bus(), Board()
@@ -362,6 +363,8 @@ class World:
 
     def justify(self, offset: int, epoch: str) -> None:
         """Is history after this position truly gone?"""
+        if self.ends and not epoch:
+            return  # Which of the pasts it stood in cannot be told any more.
         stream = self.log.streams.get(CHANNEL)
         if stream is None or (epoch and stream.epoch != epoch) or offset < stream.floor or offset > stream.top:
             return
@@ -394,10 +397,12 @@ class World:
 
     async def trim(self) -> None:
         """History is cut off up to its top."""
+        self.ends += 1
         await self.random.choice(self.histories).remove(CHANNEL)
 
     async def forget(self) -> None:
         """History is restored from a backup that had nothing."""
+        self.ends += 1
         await self.random.choice(self.histories).new_epochs()
 
     async def settle(self) -> None:

@@ -26,6 +26,7 @@ from typing import Generic, TypeVar
 
 from server.errors import TOO_MANY_REQUESTS, Refused
 from server.history import COMMIT_BYTES, COMMIT_PUBLICATIONS, QUEUE_BYTES, QUEUE_PUBLICATIONS, Appended, Draft
+from server.stream import weight_of
 
 BATCH_PUBLICATIONS = 5_000
 BATCH_BYTES = 4 * 1024 * 1024
@@ -35,12 +36,7 @@ W = TypeVar("W")
 
 def weigh(draft: Draft) -> int:
     """Bytes that ``draft`` is counted with in a queue and in a commit."""
-    weight = 64 + len(draft.data) + len(draft.key)
-    if draft.info is not None:
-        weight += 64 + len(draft.info.conn_info or b"") + len(draft.info.chan_info or b"")
-    if draft.tags:
-        weight += sum(len(name) + len(value) + 16 for name, value in draft.tags.items())
-    return weight
+    return weight_of(draft.data, draft.info, draft.tags) + len(draft.key)
 
 
 class Entry(Generic[W]):

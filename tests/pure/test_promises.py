@@ -16,6 +16,8 @@ ACTS = st.sampled_from(
     ["say 1", "say 1", "say 3", "say 250", "join", "join", "cut", "cut", "wait 0.01", "wait 0.1", "wait 1", "wait 6"]
 )
 SEEDS = st.integers(0, 2**32)
+CROWDS = st.sampled_from([["join"], ["join"] * 24])
+"""One listener, or so many that each node has more of them in the room than it writes to one by one."""
 ENDS = st.sampled_from(["trim", "forget"])
 QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -42,12 +44,12 @@ async def _play(random: Random, story: list[str]) -> World:
 
 
 @QUIET
-@given(SEEDS, st.lists(ACTS, min_size=4, max_size=60))
-def test_everybody_hears_everything_once_and_in_order(seed: int, story: list[str]) -> None:
+@given(SEEDS, CROWDS, st.lists(ACTS, min_size=4, max_size=60))
+def test_everybody_hears_everything_once_and_in_order(seed: int, crowd: list[str], story: list[str]) -> None:
     """Each subscriber sees every offset once, in order, and reaches the top; nobody is told that history is gone."""
 
     async def run() -> None:
-        world = await _play(Random(seed), ["join", *story])
+        world = await _play(Random(seed), [*crowd, *story])
         assert sum(listener.restarts for listener in world.listeners) == 0
         stream = world.log.streams.get(CHANNEL)
         offsets = sorted(offset for _, offset in world.said)
@@ -57,11 +59,13 @@ def test_everybody_hears_everything_once_and_in_order(seed: int, story: list[str
 
 
 @QUIET
-@given(SEEDS, st.lists(ACTS | ENDS, min_size=4, max_size=60))
-def test_told_of_a_loss_only_when_history_is_gone(log: ExpectedLog, seed: int, story: list[str]) -> None:
+@given(SEEDS, CROWDS, st.lists(ACTS | ENDS, min_size=4, max_size=60))
+def test_told_of_a_loss_only_when_history_is_gone(
+    log: ExpectedLog, seed: int, crowd: list[str], story: list[str]
+) -> None:
     """With history trimmed and forgotten in the middle, everybody still ends at the top, and each loss told is real."""
     log.expect("subscription.lost")
-    live_through(_play(Random(seed), ["join", *story]))
+    live_through(_play(Random(seed), [*crowd, *story]))
 
 
 def test_a_cursor_of_a_forgotten_epoch_ends_its_wait(log: ExpectedLog) -> None:

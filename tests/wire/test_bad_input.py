@@ -434,7 +434,7 @@ async def test_answers_that_nobody_reads() -> None:
         session = site.node.sessions[hello["client"]]
         assert isinstance(session, Session)
         greedy.connection.transport.pause_reading()
-        commands = [greedy.command("rpc", method="x" * 30, data=1) for _ in range(500)]
+        commands = [greedy.command("presence_stats", channel="live:" + "x" * 30) for _ in range(500)]
         asking = asyncio.create_task(_ask_for_ever(greedy, commands, session))
         while not session.closed:
             await neighbour.notices_nothing()
