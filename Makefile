@@ -25,7 +25,7 @@ types: $(VENV)/.test
 
 # Everything but the browser and Node, for the inner loop of working on it.
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest tests/pure tests/contract tests/wire $(ARGS)
+	$(BIN)/python -m pytest tests/pure tests/contract tests/wire tests/examples $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Waterspout needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'

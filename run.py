@@ -2,6 +2,7 @@
 """Waterspout's command line: read the settings, wire the parts, listen, sweep once a second, drain on SIGTERM.
 
     run.py [--host ADDRESS] [--port PORT] [--config FILE]    run the server
+           [--app MODULE[:NAME]] [--reload]                  … with your own Python in it; start anew when that changes
     run.py check [--config FILE]                             say what is wrong with the settings, or print them
     run.py token --user ID [--channel NAME] [--ttl SECONDS]  sign a token with client.token.hmac_secret_key
 
@@ -13,12 +14,14 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import ssl
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,13 @@ import tornado.netutil
 from handlers import make_app, make_sockets
 from handlers.socket import Sockets
 from server import auth
+from server.app import App, AppError
+from server.app import load as load_app
 from server.broker.memory import MemoryBroker
+from server.changes import Changes, files_of
 from server.configuration import SettingsError, load
 from server.errors import SHUTDOWN, Unavailable
+from server.guests import KEY_BYTES, with_key
 from server.history import History
 from server.history.memory import MemoryHistory
 from server.history.sqlite import SqliteHistory
@@ -43,6 +50,7 @@ from server.session import Gate
 from server.settings import HttpServerSettings, Settings, without_secrets
 
 SWEEP_S = 1.0
+RELOAD_S = 0.5
 BACKLOG = 4096
 REQUEST_BYTES = 4 * 1024 * 1024
 REQUEST_S = 30.0
@@ -69,7 +77,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.command == "token":
         return _print_token(settings, arguments)
-    return _serve(settings)
+    return _serve(settings, arguments.app, arguments.reload)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--config", type=Path, metavar="FILE", default=default, help="settings: TOML, YAML or JSON")
         one.add_argument("--host", metavar="ADDRESS", default=default, help="where to listen (http_server.address)")
         one.add_argument("--port", type=int, default=default, help="TCP port to listen on (http_server.port)")
+    parser.add_argument("--app", metavar="MODULE[:NAME]", help="your own Python: a module or a file with an App in it")
+    parser.add_argument("--reload", action="store_true", help="start anew when one of its files changes")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     commands.add_parser(
         "check", parents=[shared], help="say every fault of the settings, or print those in force without secrets"
@@ -111,10 +121,25 @@ def _print_token(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, module: str | None, reload: bool) -> int:
     configure(settings.log.level, settings.log.format)
+    # Python takes a compiled file for the present one if size and second agree, as they may between two saves.
+    sys.dont_write_bytecode = sys.dont_write_bytecode or reload
     try:
-        asyncio.run(_run(settings))
+        app = None if module is None else load_app(module)
+        settings = with_key(settings, lambda: secrets.token_hex(KEY_BYTES))
+        changes = Changes() if reload else None
+        if asyncio.run(_run(settings, app, changes)):
+            os.execv(sys.executable, sys.orig_argv)
+    except AppError as error:
+        print(error, file=sys.stderr)
+        if not reload:
+            return 2
+        changes = Changes(files_of(error) | ({module} if module else set()))
+        while (path := changes.look()) is None:
+            time.sleep(RELOAD_S)
+        event("app.reloading", path=path)
+        os.execv(sys.executable, sys.orig_argv)
     except (Unavailable, OSError, ssl.SSLError) as error:
         event("server.failed", why=error)
         return 1
@@ -184,12 +209,17 @@ def make_tls(settings: HttpServerSettings) -> ssl.SSLContext | None:
 
 
 # --- life --------------------------------------------------------------------
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, app: App | None, changes: Changes | None) -> bool:
+    """Serve until a signal comes, or, if ``changes`` are to be heeded, until there is one: then the result is true."""
     node = make_node(settings)
+    if app is not None:
+        app.attach(node)
     gate = make_gate(settings)
     tls = make_tls(settings.http_server)
     listening = tornado.netutil.bind_sockets(settings.http_server.port, settings.http_server.address, backlog=BACKLOG)
     await node.open()
+    if app is not None:
+        await start(app, node)
     clients = make_sockets(node, gate)
     server = tornado.httpserver.HTTPServer(
         make_app(node, clients),
@@ -213,7 +243,11 @@ async def _run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     sweeper = asyncio.create_task(sweep_for_ever(node, clients))
-    await stop.wait()
+    changed = False
+    if changes is None:
+        await stop.wait()
+    else:
+        changed = await wait_for_change(changes, stop)
     event("server.stopping", connections=len(node.sessions))
     server.stop()
     try:
@@ -222,10 +256,34 @@ async def _run(settings: Settings) -> None:
     except TimeoutError:
         logging.getLogger("waterspout").debug("some clients did not leave in time")
     sweeper.cancel()
+    if app is not None:
+        await app.stop()
     await gate.keys.close()
     await node.close()
     await server.close_all_connections()
     event("server.stopped")
+    return changed
+
+
+async def start(app: App, node: Node) -> None:
+    """Start the user's module; raises ``AppError``, having closed the node."""
+    try:
+        await app.start()
+    except AppError:
+        await node.close()
+        raise
+
+
+async def wait_for_change(changes: Changes, stop: asyncio.Event) -> bool:
+    """Wait for a signal (false), or for a change of one of the watched files (true)."""
+    while not stop.is_set():
+        path = await asyncio.to_thread(changes.look)
+        if path is not None:
+            event("app.reloading", path=path)
+            return True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), RELOAD_S)
+    return False
 
 
 async def send_away(node: Node, clients: Sockets) -> None:

@@ -8,10 +8,12 @@ import tornado.routing
 import tornado.web
 
 from handlers.api import Api, ApiHandler
-from handlers.base import NotFoundHandler, PageHandler
+from handlers.base import NamedPageHandler, NotFoundHandler, PageHandler
 from handlers.door import Door
+from handlers.guests import Reception, SessionHandler
 from handlers.health import LiveHandler
 from handlers.socket import SocketHandler, Sockets
+from handlers.status import DOCUMENTS, ROOT, DocumentHandler, StatusHandler
 from server.commands import SKILLS
 from server.node import Node
 from server.session import Gate, Session
@@ -44,10 +46,16 @@ def make_app(node: Node, sockets: Sockets) -> tornado.web.Application:
         prefix = settings.http_api.handler_prefix.rstrip("/")
         options = {"api": Api(node), "settings": settings.http_api}
         routes.append(tornado.web.url(rf"{prefix}/(\w+)", ApiHandler, options))
+    if settings.guests.enabled:
+        reception = Reception(node, sockets.trusted_proxies)
+        routes.append(tornado.web.url(r"/v1/session", SessionHandler, {"reception": reception}))
     pages = {"path": str(STATIC), "default_filename": "index.html"}
     routes += [
         tornado.web.url(r"/health/live", LiveHandler),
+        tornado.web.url(r"/v1/status", StatusHandler, {"node": node}),
+        tornado.web.url(DOCUMENTS, DocumentHandler, {"path": str(ROOT)}),
         tornado.web.url(r"/static/(.+)", PageHandler, pages),
         tornado.web.url(r"/()", PageHandler, pages),
+        tornado.web.url(r"/(chat|arena)", NamedPageHandler, pages),
     ]
     return tornado.web.Application(routes, default_handler_class=NotFoundHandler, log_function=lambda handler: None)

@@ -51,3 +51,11 @@ class PageHandler(tornado.web.StaticFileHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Referrer-Policy", "no-referrer")
         self.set_header("Cache-Control", "no-cache")
+
+
+class NamedPageHandler(PageHandler):
+    """A page by its name alone: ``/chat`` is ``chat.html``."""
+
+    def parse_url_path(self, url_path: str) -> str:
+        """The file behind the name."""
+        return f"{url_path}.html"

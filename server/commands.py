@@ -7,7 +7,7 @@ PROTOCOL 4.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import msgspec
@@ -37,13 +37,24 @@ from server.errors import (
     Refused,
 )
 from server.history import Draft
+from server.hooks import Allow, Hook, Hooks, Welcome
 from server.hub import Subscription, express
 from server.node import Node
 from server.observe import event
 from server.protocol import Command
 from server.session import Carrying, Session, Skills, json_info, ttl_s
 from server.stream import PAGE_BYTES, ClientInfo, Position, Publication
-from server.subscribing import begin, check_owner, join, named, postpone, subscribe, subscribe_by_order
+from server.subscribing import (
+    ask_subscribing,
+    begin,
+    check_owner,
+    join,
+    named,
+    options_of,
+    postpone,
+    subscribe,
+    subscribe_by_order,
+)
 
 
 # --- connect ---------------------------------------------------------------
@@ -59,6 +70,9 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     assert request is not None
     settings = session.node.settings.client
     conn_info, wanted = await _identify(session, request)
+    data = None
+    if session.node.hooks is not None:
+        conn_info, data = await _ask_connecting(session, session.node.hooks, request, conn_info, wanted)
     if session.closed:
         return
     session.info = ClientInfo(session.user, session.client, conn_info)
@@ -73,8 +87,18 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     for channel, namespace in namespaces.items():
         session.node.channels.check_name(channel, namespace)
     for channel in request.subs:
-        if channel not in wanted and (found := _wish(session, channel)) is not None:
-            wanted[channel], namespaces[channel] = SubscribeOptions(None, None), found
+        if channel in wanted or (found := _wish(session, channel)) is None:
+            continue
+        options = SubscribeOptions(None, None)
+        if session.node.hooks is not None:
+            try:
+                options = await ask_subscribing(session, session.node.hooks, channel, found, request.subs[channel].data)
+            except Refused as refused:
+                _pass_over(session, refused)
+                continue
+        wanted[channel], namespaces[channel] = options, found
+    if session.closed:
+        return
     if len(wanted) > settings.channel_limit:
         raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({settings.channel_limit})")
     session.node.admit(session)
@@ -101,11 +125,14 @@ async def _connect_patiently(session: Session, command: Command) -> None:
             session.leave_all()
             session.node.dismiss(session)
             raise outcome
-    _welcome(session, command, [outcome for outcome in joined if isinstance(outcome, tuple)])
+    _welcome(session, command, [outcome for outcome in joined if isinstance(outcome, tuple)], data)
 
 
 def _welcome(
-    session: Session, command: Command, joined: "list[tuple[Subscription, protocol.SubscribeResult, Position | None]]"
+    session: Session,
+    command: Command,
+    joined: "list[tuple[Subscription, protocol.SubscribeResult, Position | None]]",
+    data: bytes | None,
 ) -> None:
     """Reply to connect and let everything begin, in one loop turn."""
     settings = session.node.settings.client
@@ -116,6 +143,7 @@ def _welcome(
         version=f"waterspout {__version__}",
         expires=bool(session.expire_at),
         ttl=ttl_s(session.expire_at, now),
+        data=protocol.payload(data),
         subs={subscription.channel: result for subscription, result, _ in joined if not subscription.closed},
         ping=0 if native else int(settings.ping_interval),
         pong=not native and settings.ping_interval > 0,
@@ -157,10 +185,49 @@ async def _identify(
         return json_info(claims.info), dict(claims.subs)
     header = settings.user_id_http_header.lower()
     user = session.request.headers.get(header, "") if header else ""
-    if not user and not settings.insecure and not settings.allow_anonymous_connect_without_token:
-        raise Disconnected(MALFORMED, "connect without token; client.allow_anonymous_connect_without_token is not set")
     _name(session, user)
+    if session.node.hooks is None or session.node.hooks.find("connecting") is None:
+        _require_name(session)
     return None, {}
+
+
+def _require_name(session: Session) -> None:
+    """Nobody named this client: may it be here as the anonymous user?  PROTOCOL 8.5."""
+    settings = session.node.settings.client
+    if not session.user and not settings.insecure and not settings.allow_anonymous_connect_without_token:
+        raise Disconnected(MALFORMED, "connect without token; client.allow_anonymous_connect_without_token is not set")
+
+
+async def _ask_connecting(
+    session: Session,
+    hooks: Hooks,
+    request: protocol.ConnectRequest,
+    conn_info: bytes | None,
+    wanted: dict[str, SubscribeOptions],
+) -> tuple[bytes | None, bytes | None]:
+    """Ask the user's module who this is; adds to ``wanted``, returns the client's info and the reply's data."""
+    hook, client = hooks.find("connecting"), session.handle
+    if hook is None or client is None:
+        return conn_info, None
+    session.info = ClientInfo(session.user, session.client, conn_info)
+    welcome = await hooks.ask(hook, client, data=protocol.given(request.data)) or Welcome()
+    if welcome.user is not None and welcome.user != session.user:
+        if request.token:
+            raise hooks.nonsense(hook, client, "expected no user, since a token has named one, got another")
+        _name(session, welcome.user)
+    if not request.token:
+        _require_name(session)
+    if welcome.conn_info is not msgspec.UNSET:
+        conn_info = hooks.bytes_of(hook, client, welcome.conn_info)
+        client.dressed = True
+    allowed = welcome.channels if isinstance(welcome.channels, Mapping) else dict.fromkeys(welcome.channels, Allow())
+    for channel, allow in allowed.items():
+        try:
+            hooks.check_channel(channel)
+        except Refused as refused:
+            raise hooks.nonsense(hook, client, f"channel {channel!r}: {refused.why}") from None
+        wanted[channel] = options_of(hooks, hook, client, allow)
+    return conn_info, hooks.bytes_of(hook, client, welcome.data)
 
 
 def _name(session: Session, user: str) -> None:
@@ -177,9 +244,13 @@ def _wish(session: Session, channel: str) -> Namespace | None:
         session.node.channels.check_name(channel, namespace)
         session.node.channels.may_subscribe(session.identity, channel, namespace)
     except Refused as refused:
-        event("command.refused", client=session.client, method="connect", code=refused.refusal.code, why=refused.why)
+        _pass_over(session, refused)
         return None
     return namespace
+
+
+def _pass_over(session: Session, refused: Refused) -> None:
+    event("command.refused", client=session.client, method="connect", code=refused.refusal.code, why=refused.why)
 
 
 def _replace_others(session: Session, personal_namespace: str) -> None:
@@ -200,7 +271,7 @@ def unsubscribe(session: Session, command: Command) -> Carrying:
         session.reply(command, "unsubscribe")
         return None
     del session.subscriptions[subscription.channel]
-    session.node.release(subscription)
+    session.release(subscription)
     return _unsubscribe_patiently(session, command, subscription)
 
 
@@ -218,6 +289,8 @@ def publish(session: Session, command: Command) -> Carrying:
         raise Refused(NOT_AVAILABLE, "map channels are not offered")
     channel = named(request.channel)
     namespace, draft = _draft(session, channel, protocol.given(request.data))
+    if session.node.hooks is not None and (hook := session.node.hooks.find("publishing", namespace.name)) is not None:
+        return _publish_by_leave(session, command, channel, namespace, draft, hook)
     if namespace.kept:
         return _publish_patiently(session, command, channel, namespace, draft)
     session.node.publish_passing(channel, Publication(draft.data, info=draft.info))
@@ -235,6 +308,37 @@ def _draft(session: Session, channel: str, data: bytes | None, key: str = "") ->
     channels.require("publish", session.identity, namespace, subscribed=subscription is not None)
     info = session.info if subscription is None else subscription.info
     return namespace, Draft(payload if namespace.binary else protocol.one_line(payload), info=info, key=key)
+
+
+async def _publish_by_leave(
+    session: Session, command: Command, channel: str, namespace: Namespace, draft: Draft, hook: Hook
+) -> None:
+    draft = await _ask_publishing(session, channel, namespace, draft, hook)
+    if not session.closed:
+        await _publish_patiently(session, command, channel, namespace, draft)
+
+
+async def _ask_publishing(session: Session, channel: str, namespace: Namespace, draft: Draft, hook: Hook) -> Draft:
+    """What the user's module makes of a publication that the configuration allows; raises what it refuses with."""
+    hooks, client = session.node.hooks, session.handle
+    assert hooks is not None
+    assert client is not None
+    change = await hooks.ask(hook, client, channel, data=draft.data)
+    # The client may have lost its subscription, and with it the permission, while the hook thought about it.
+    session.node.channels.require("publish", session.identity, namespace, subscribed=channel in session.subscriptions)
+    if change is None:
+        return draft
+    data, tags = draft.data, draft.tags if change.tags is None else change.tags
+    if change.data is not msgspec.UNSET:
+        raw = namespace.binary and isinstance(change.data, bytes)
+        try:
+            data = check_payload(change.data if raw else hooks.bytes_of(hook, client, change.data), namespace)
+            session.node.check_size(Publication(data, tags=tags))
+        except Refused as refused:
+            if refused.refusal is INTERNAL:
+                raise
+            raise hooks.nonsense(hook, client, refused.why) from None
+    return msgspec.structs.replace(draft, data=data, tags=tags)
 
 
 async def _publish_patiently(
@@ -310,7 +414,7 @@ def _presence_channel(session: Session, request: protocol.ChannelRequest) -> str
 
 
 def rpc(session: Session, command: Command) -> Carrying:
-    """PROTOCOL 4.7; ``publish`` is built in, and ``ping`` if ``rpc.ping.enabled``."""
+    """PROTOCOL 4.7; ``publish`` is built in, ``ping`` if ``rpc.ping.enabled``, the rest is the user's module's."""
     request = command.rpc
     assert request is not None
     if request.method == "publish":
@@ -318,7 +422,23 @@ def rpc(session: Session, command: Command) -> Carrying:
     if request.method == "ping" and session.node.settings.rpc.ping.enabled:
         session.reply(command, "rpc", protocol.RPCResult())
         return None
+    if session.node.hooks is not None and (hook := session.node.hooks.find("rpc", request.method)) is not None:
+        return _rpc_hook(session, command, hook, protocol.given(request.data))
     raise Refused(NOT_AVAILABLE, f"no RPC method {request.method[:64]!r}")
+
+
+async def _rpc_hook(session: Session, command: Command, hook: Hook, data: bytes | None) -> None:
+    hooks, client = session.node.hooks, session.handle
+    assert hooks is not None
+    assert client is not None
+    answer = await hooks.ask(hook, client, data=data)
+    result = None if answer is None else hooks.bytes_of(hook, client, answer)
+    if result is not None:
+        most = session.node.settings.client.queue_max_size // 2
+        if len(result) > most:
+            raise hooks.nonsense(hook, client, f"more than half of client.queue_max_size ({most} bytes)")
+        await session.make_room()
+    session.reply(command, "rpc", protocol.RPCResult(protocol.payload(result)))
 
 
 async def _rpc_publish(session: Session, command: Command, data: bytes | None) -> None:
@@ -330,6 +450,10 @@ async def _rpc_publish(session: Session, command: Command, data: bytes | None) -
     if not request.channel:
         raise Refused(BAD_REQUEST, "rpc publish without channel")
     namespace, draft = _draft(session, request.channel, protocol.given(request.data), request.idempotency_key)
+    if session.node.hooks is not None and (hook := session.node.hooks.find("publishing", namespace.name)) is not None:
+        draft = await _ask_publishing(session, request.channel, namespace, draft, hook)
+        if session.closed:
+            return
     appended = await session.node.publish(request.channel, namespace, draft, _patience_s(session))
     position = appended.position
     result = {"offset": position.offset, "epoch": position.epoch} if position.offset else {}
@@ -368,7 +492,8 @@ async def refresh(session: Session, command: Command) -> None:
         raise Refused(EXPIRED, "the token's expire_at is past")
     if claims.subs.keys() != session.granted:
         raise Disconnected(INSUFFICIENT_STATE, "the refreshed token has other channels")
-    session.renew_info(claims.info)
+    if session.handle is None or not session.handle.dressed:
+        session.renew_info(claims.info)
     session.expire_at = 0 if session.node.settings.client.insecure else claims.expire_at
     session.plan()
     session.reply(command, "refresh", protocol.RefreshResult(bool(session.expire_at), ttl_s(session.expire_at, now)))

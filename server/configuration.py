@@ -446,6 +446,7 @@ def _client_clashes(settings: Settings) -> Iterator[_Clash]:
         )
     yield from _token_clashes(("client", "token"), client.token)
     yield from _token_clashes(("client", "subscription_token"), client.subscription_token)
+    yield from _guest_clashes(settings)
     personal = client.subscribe_to_user_personal_channel
     if not personal.enabled:
         return
@@ -462,6 +463,26 @@ def _client_clashes(settings: Settings) -> Iterator[_Clash]:
             f"presence to be on in {f'namespace {name}' if name else 'channel.without_namespace'} for it",
             "it off",
         )
+
+
+def _guest_clashes(settings: Settings) -> Iterator[_Clash]:
+    token = settings.client.token
+    if not settings.guests.enabled or not settings.configured:
+        return
+    above: Place = ("client", "token")
+    if not token.hmac_secret_key:
+        yield _Clash(
+            (("guests", "enabled"), (*above, "hmac_secret_key")),
+            "false unless client.token.hmac_secret_key is set, which signs the guests' tokens",
+            "true",
+        )
+    for claim in ("audience", "issuer"):
+        if getattr(token, f"{claim}_regex"):
+            yield _Clash(
+                (("guests", "enabled"), (*above, f"{claim}_regex")),
+                f"false beside client.token.{claim}_regex, since guests' tokens can bear an exact {claim} only",
+                "true",
+            )
 
 
 def _token_clashes(above: Place, token: TokenSettings) -> Iterator[_Clash]:

@@ -25,6 +25,7 @@ from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Targ
 from server.channels import Channels, Namespace
 from server.errors import BAD_REQUEST, SERVER_ERROR, Disconnect, Disconnected, Refused, Unavailable
 from server.history import Appended, Draft, History
+from server.hooks import Hooks
 from server.hub import Feed, Hub, Step, Subscription
 from server.observe import event
 from server.outbox import Outbox
@@ -102,6 +103,8 @@ class Node:
         self.clock = clock
         self.channels = Channels(settings.channel)
         self.hub = Hub(lambda call: asyncio.get_running_loop().call_soon(call))
+        self.hooks: Hooks | None = None
+        """What a user's module has to say; set before the first session."""
         self.connections = 0
         """How many clients are here, connected or about to be."""
         self.sessions: dict[str, Session] = {}

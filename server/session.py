@@ -49,6 +49,7 @@ from server.errors import (
     Unavailable,
     Unsubscribe,
 )
+from server.hooks import Client
 from server.hub import Subscription
 from server.jwks import Keys
 from server.node import Node
@@ -115,6 +116,7 @@ class Session:
         "expire_at",
         "gate",
         "granted",
+        "handle",
         "identity",
         "info",
         "next_ping",
@@ -147,6 +149,7 @@ class Session:
         self._refusals = 0
         self.granted: frozenset[str] = frozenset()
         self.arrived = 0.0
+        self.handle = None if node.hooks is None else Client(self, node.hooks)
         self._stale_at = node.clock() + node.settings.client.stale_close_delay
         node.connections += 1
         node.timetable.put(self, self._stale_at)
@@ -160,6 +163,11 @@ class Session:
         """Is it over?  To be asked after every wait."""
         return self.state is State.CLOSED
 
+    @property
+    def following(self) -> list[str]:
+        """The channels it is subscribed to."""
+        return list(self.subscriptions)
+
     def start_connecting(self) -> None:
         """Connect has come; raises ``Disconnected(MALFORMED)`` if it is not the first."""
         if self.state is not State.NEW:
@@ -169,6 +177,8 @@ class Session:
     def accept(self, now: float) -> None:
         """Connect has been answered: other commands may come, and pings begin, spread over half an interval."""
         self.state = State.CONNECTED
+        if self.handle is not None:
+            self.handle.welcomed = True
         self.next_ping = now + self.node.settings.client.ping_interval * random.uniform(0.5, 1.0)
         self.plan()
         transport, address = self.request.transport, self.request.remote_addr
@@ -331,9 +341,15 @@ class Session:
         if self.subscriptions.get(subscription.channel) is subscription:
             del self.subscriptions[subscription.channel]
         if not subscription.closed:
-            self.node.release(subscription)
+            self.release(subscription)
             if subscription.present or subscription.leaves_word:
                 self.node.exit(subscription)
+
+    def release(self, subscription: Subscription) -> None:
+        """Take a subscription that is no longer ours out of the hub, and have the user's module told."""
+        self.node.release(subscription)
+        if self.node.hooks is not None and subscription.begun:
+            self.node.hooks.left(self.handle, subscription.channel, subscription.namespace.name)
 
     def _end_subscription(self, subscription: Subscription, unsubscribe: Unsubscribe) -> None:
         self.drop(subscription)
@@ -486,12 +502,14 @@ class Session:
         self.node.timetable.remove(self)
         self.node.dismiss(self)
         self.leave_all()
+        if self.node.hooks is not None:
+            self.node.hooks.ended(self.handle)
 
     def leave_all(self) -> None:
         """Forget all subscriptions now; what others must learn is seen to beside us."""
         subscriptions, self.subscriptions = self.subscriptions, {}
         for subscription in subscriptions.values():
-            self.node.release(subscription)
+            self.release(subscription)
             if subscription.present or subscription.leaves_word:
                 self.node.exit(subscription)
 

@@ -499,6 +499,14 @@ class RpcSettings(Section):
     ping: RpcPingSettings = Field(default_factory=RpcPingSettings, description='The remote procedure "ping".')
 
 
+class AppSettings(Section):
+    """The user's own module (``--app``)."""
+
+    timeout: Seconds = Field(
+        default=1.0, gt=0.0, description="Time that one hook or RPC method of --app may take (100)."
+    )
+
+
 class PresenceSettings(Section):
     """Who is here."""
 
@@ -518,6 +526,18 @@ class SqliteSettings(Section):
     )
 
 
+class GuestsSettings(Section):
+    """Users with a name and no login (PROTOCOL 8.6)."""
+
+    enabled: bool = Field(
+        default=False, description="Give whoever asks a token and a random user id (POST /v1/session)."
+    )
+    ttl: Seconds = Field(default=24 * HOUR_S, ge=60.0, description="Time that a guest's token is good.")
+    rate_limit: Integer = Field(
+        default=60, ge=0, description="Guests' tokens for one address in a minute (HTTP 429); 0: no limit."
+    )
+
+
 class ShutdownSettings(Section):
     """How the server ends."""
 
@@ -534,8 +554,10 @@ class Settings(Section):
     http_api: HttpApiSettings = Field(default_factory=HttpApiSettings, description="The API for back ends.")
     websocket: WebsocketSettings = Field(default_factory=WebsocketSettings, description="The WebSocket transport.")
     rpc: RpcSettings = Field(default_factory=RpcSettings, description="Remote procedure calls of clients.")
+    app: AppSettings = Field(default_factory=AppSettings, description="The user's own module.")
     presence: PresenceSettings = Field(default_factory=PresenceSettings, description="Who is here.")
     sqlite: SqliteSettings = Field(default_factory=SqliteSettings, description="History in one local file.")
+    guests: GuestsSettings = Field(default_factory=GuestsSettings, description="Users with a name and no login.")
     shutdown: ShutdownSettings = Field(default_factory=ShutdownSettings, description="How the server ends.")
 
     _configured: bool = PrivateAttr(default=True)
@@ -576,6 +598,7 @@ _CHAT: dict[str, Any] = {
 
 TRY_OUT: Mapping[str, Any] = MappingProxyType(
     {
+        "guests": {"enabled": True},
         "client": {
             "allow_anonymous_connect_without_token": True,
             "allowed_origins": ["http://localhost:*", "http://127.0.0.1:*", "http://[::1]:*"],

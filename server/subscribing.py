@@ -31,11 +31,15 @@ from server.errors import (
     Refused,
     Unavailable,
 )
+from server.hooks import Allow, Client, Hook, Hooks
 from server.hub import Subscription, express
 from server.observe import event
 from server.protocol import Command
 from server.session import Session, json_info, ttl_s
 from server.stream import ClientInfo, Cursor, Page, Position, Publication, catch_up
+
+UNADORNED = SubscribeOptions(None, None)
+"""A subscription as its namespace and the client have it."""
 
 
 # --- subscribe ---------------------------------------------------------------
@@ -71,6 +75,8 @@ async def _subscribe_patiently(
         options, expire_at = await _admitted_by_token(session, channel, request.token)
     else:
         session.node.channels.may_subscribe(session.identity, channel, namespace)
+    if session.node.hooks is not None:
+        options = await ask_subscribing(session, session.node.hooks, channel, namespace, request.data, options)
     await session.make_room()
     if session.closed:
         return
@@ -85,6 +91,34 @@ async def _subscribe_patiently(
     begin(session, subscription, top)
     if expire_at:
         session.plan()
+
+
+async def ask_subscribing(
+    session: Session,
+    hooks: Hooks,
+    channel: str,
+    namespace: Namespace,
+    data: protocol.Payload,
+    options: SubscribeOptions = UNADORNED,
+) -> SubscribeOptions:
+    """Ask the user's module about a subscription that is permitted otherwise; raises what it refuses with."""
+    hook, client = hooks.find("subscribing", namespace.name), session.handle
+    if hook is None or client is None:
+        return options
+    allow = await hooks.ask(hook, client, channel, data=protocol.given(data))
+    return options if allow is None else options_of(hooks, hook, client, allow, options)
+
+
+def options_of(
+    hooks: Hooks, hook: Hook, client: Client, allow: Allow, options: SubscribeOptions = UNADORNED
+) -> SubscribeOptions:
+    """The options of a subscription as a hook wants them; what it leaves out is as in ``options``."""
+    if not isinstance(allow, Allow):
+        raise hooks.nonsense(hook, client, f"expected Allow for a channel, got {type(allow).__name__}")
+    info, found = hooks.bytes_of(hook, client, allow.chan_info), hooks.bytes_of(hook, client, allow.data)
+    return SubscribeOptions(
+        options.info if info is None else info, options.data if found is None else found, options.override
+    )
 
 
 async def _admitted_by_token(session: Session, channel: str, token: str) -> tuple[SubscribeOptions, int]:

@@ -1,185 +1,37 @@
-// The chat page.  It goes down to the commands of the protocol, so that all of it can be seen by eye; clauses are those of
-// server/PROTOCOL.md.  What others wrote, their names included, is shown by `textContent` only.
+// The chat page, on client.js and nothing else.  What others wrote, their names included, is shown by `textContent` only,
+// and links are made by DOM calls.  Clauses are those of server/PROTOCOL.md.
 
-import { backoff, Connection, LOST, pause, TIMED_OUT } from '/static/connection.js';
+import { Guest } from '/static/chat-guest.js';
+import { Outbox } from '/static/chat-outbox.js';
+import { Room } from '/static/chat-room.js';
+import { keep, recall } from '/static/chat-store.js';
+import { Client } from '/static/client.js';
 
-const SHOWN = 1000; // messages on the page; older ones leave it
+const SHOWN = 1000; // messages on the page while the newest are in view; older ones leave it and can be had again
+const ROOMS = 40; // that are followed at once
+const GROUP_MS = 300_000; // between two messages of one author that stand together
 const PRESENCE_MS = 60_000; // joins and leaves are sent at most once, so presence is asked for again
+const NEAR_PX = 40; // from the newest message counts as being there
+const OLDER_PX = 300; // from the top is where older messages are asked for
+const LINK = /\bhttps?:\/\/[^\s<>"'`\p{Cc}\p{Cf}]+/giu;
 
 const $ = (id) => document.getElementById(id);
-
-// --- one room: its subscription, its position, who is here (4.2, 4.5, 4.6, 5, 11) ------------------------------------
-class Room {
-  position = null; // {offset, epoch} up to which the page has everything, once subscribed
-  here = null; // a set of client ids, once known
-  outside = ''; // why we are not to join by ourselves
-  #loaded = false;
-  #turn = 0; // of `join`: a later one ends the earlier
-
-  constructor(name) {
-    this.name = name;
-    this.channel = `chat:${encodeURIComponent(name)}`;
-    this.before = recall('sessionStorage', `position ${this.channel}`); // where it was before a reload
-  }
-
-  /** Subscribe, from the position if there is one, and load what is missing; to be called on every connection. */
-  async join() {
-    const turn = ++this.#turn;
-    const { socket } = connection;
-    const over = () => room !== this || turn !== this.#turn || socket !== connection.socket;
-    this.outside = '';
-    this.here = null;
-    showState('joining', 'Joining…');
-    for (let attempt = 0, joined = false; !over() && !(joined && this.#loaded); ) {
-      try {
-        const subscribe = { channel: this.channel, ...(this.position && { recover: true, ...this.position }) };
-        joined ||= await connection.ask({ subscribe }, (result) => over() || this.#joined(result));
-        this.refresh();
-        if (!this.#loaded) await this.#load(over);
-      } catch (error) {
-        if (over()) return;
-        if (!error.temporary) return this.stayOutside(error.message);
-        if (error.code === TIMED_OUT) return connection.drop();
-        await pause(backoff(attempt++));
-      }
-    }
-  }
-
-  stayOutside(why) {
-    this.outside = why;
-    this.here = null;
-    showState('outside', `Not in this room: ${why}`, 'Join again');
-  }
-
-  #joined({ recovered, recoverable, offset = 0, epoch = '', publications = [] }) {
-    if (this.position && !recovered) {
-      this.forget();
-      notify('The server no longer has all that came while you were away. What it has is shown anew.');
-    } else if (!this.position && this.before?.epoch && this.before.epoch !== epoch) {
-      notify('The server has started this room anew since you were here.');
-    }
-    this.#stand(recoverable ? { offset, epoch } : null);
-    for (const publication of publications) this.#show(publication);
-    showState('live', 'Live');
-  }
-
-  /** The last messages of history; pushes may overlap them, `showMessage` tells them apart by offset. */
-  async #load(over) {
-    const history = { channel: this.channel, limit: 50, reverse: true };
-    const { publications } = await connection.ask({ history }).catch((error) => {
-      if (![103, 108].includes(error.code)) throw error;
-      return { publications: [] }; // rooms without history are rooms, too
-    });
-    if (over()) return;
-    this.#loaded = true;
-    publications.forEach(showMessage);
-    $('log').ariaBusy = 'false';
-  }
-
-  #show(publication) {
-    const { offset, epoch } = publication;
-    if (this.position && offset) this.#stand({ offset, epoch: epoch || this.position.epoch });
-    showMessage(publication);
-  }
-
-  #stand(position) {
-    this.position = position;
-    keep('sessionStorage', `position ${this.channel}`, position);
-  }
-
-  /** What the page shows is not what the server has any more. */
-  forget() {
-    this.position = this.before = null;
-    this.#loaded = false;
-    clear();
-  }
-
-  take({ channel, pub, join, leave, unsubscribe }) {
-    if (channel !== this.channel) return; // of a room just left
-    if (pub) this.#show(pub);
-    if (join) this.here?.add(join.info.client);
-    if (leave) this.here?.delete(leave.info.client);
-    soon(showPeople);
-    if (unsubscribe?.code === 2502) this.forget();
-    if (unsubscribe?.code >= 2500) this.join();
-    else if (unsubscribe) this.stayOutside(`${unsubscribe.reason} (${unsubscribe.code})`);
-  }
-
-  /** Ask who is here; a refusal changes nothing, and it is asked again in a minute. */
-  refresh() {
-    const took = ({ presence }) => {
-      if (!this.outside) this.here = new Set(Object.keys(presence));
-      soon(showPeople);
-    };
-    connection.ask({ presence: { channel: this.channel } }, took).catch(() => {});
-  }
-}
-
-// --- what is written and not acknowledged yet (4.7, 11.8) ------------------------------------------------------------
-class Outbox {
-  items = recall('sessionStorage', 'unsent') ?? []; // {channel, data, failed: why not, shown: it is in the room}
-  #busy = false;
-
-  add(channel, name, text) {
-    // Not randomUUID, which there is in secure contexts only: this page may be looked at over plain HTTP.
-    const bytes = crypto.getRandomValues(new Uint8Array(16));
-    const id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
-    this.items.push({ channel, data: { id, name, text } });
-    this.#changed();
-    this.flush();
-  }
-
-  /** Send one after the other.  An unknown outcome (100, no answer, connection lost) is asked again by the same key. */
-  async flush() {
-    if (this.#busy) return;
-    this.#busy = true;
-    for (let attempt = 0, item; connection.live && (item = this.items.find(({ failed }) => !failed)); ) {
-      const { channel, data } = item;
-      try {
-        await connection.ask({ rpc: { method: 'publish', data: { channel, data, idempotency_key: data.id } } });
-        this.items.splice(this.items.indexOf(item), 1);
-        attempt = 0;
-      } catch (error) {
-        if (!error.temporary) item.failed = error.message;
-        else if (connection.live) await pause(backoff(attempt++));
-      }
-      this.#changed();
-    }
-    this.#busy = false;
-  }
-
-  /** A publication came that carries this id; if it is ours, the room shows it now. */
-  came(id) {
-    for (const item of this.items) item.shown ||= item.data.id === id;
-    soon(showUnsent);
-  }
-
-  #changed() {
-    keep('sessionStorage', 'unsent', this.items);
-    showUnsent();
-  }
-}
-
-// --- what the browser keeps, if it may -------------------------------------------------------------------------------
-function recall(area, name) {
-  try {
-    return JSON.parse(window[area].getItem(`waterspout ${name}`));
-  } catch {
-    return null;
-  }
-}
-
-function keep(area, name, value) {
-  try {
-    window[area].setItem(`waterspout ${name}`, JSON.stringify(value));
-  } catch {} // then it lasts as long as the page
-}
-
-// --- the page --------------------------------------------------------------------------------------------------------
-const due = new Set();
-let state = {};
+const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
+const guest = new Guest();
+const rooms = new Map(); // name -> Room
+const names = new Map(); // client id -> the name it gave in a message, where its info has none
+let client;
+let outbox;
+let room;
+let readTo = Infinity; // the offset that stood last when somebody began to look
+let naming = ''; // the name that is being asked for
+let waitsUntil = 0;
+let ended = '';
+let renewed = false; // a token that was refused has been replaced once
 let atEnd = true; // the newest message is in view, and stays so
 let scrolledTo = 0;
+
+const due = new Set();
 
 /** Do `work` before the next frame, once, however often it is asked for. */
 function soon(work) {
@@ -187,20 +39,63 @@ function soon(work) {
   due.add(work);
 }
 
-function showState(kind, what, offer = '', untilMs = 0) {
-  state = { kind, untilMs };
-  $('state').dataset.kind = kind;
-  $('what').textContent = what;
-  $('again').hidden = !offer;
-  $('again').textContent = offer;
-  countDown();
-  showUnsent();
-  showPeople();
+// --- names ---------------------------------------------------------------------------------------------------------
+const asName = (given) => (typeof given === 'string' ? given.trim().slice(0, 40) : '');
+
+/** Nothing that others send is taken for granted. */
+function nameOf(info, given) {
+  return asName(info?.connInfo?.name) || asName(given) || names.get(info?.client) || (info ? 'Guest' : 'Server');
 }
 
-function countDown() {
-  const leftS = Math.max(1, Math.ceil((state.untilMs - Date.now()) / 1000));
-  $('countdown').textContent = state.kind === 'waiting' ? ` in ${leftS} s` : '';
+const isMine = (info) => Boolean(info && (info.user ? info.user === guest.user : info.client === client.id));
+
+async function rename() {
+  const name = $('name').value.trim();
+  if (name === naming) return; // by Enter, and because the field has changed
+  naming = name;
+  $('unnamed').hidden = true;
+  if (name && name !== guest.name && guest.known) {
+    try {
+      const token = await guest.token(name);
+      client.setToken(token).catch(() => {}); // lost with the connection: the next one carries it
+    } catch (error) {
+      if (error.temporary === undefined) {
+        guest.called(name); // no network: the next token has it
+        client.setToken('');
+      } else {
+        $('unnamed').textContent = error.message;
+        $('unnamed').hidden = false;
+      }
+    }
+  } else if (name) guest.called(name);
+  naming = '';
+  $('name').value = guest.name;
+  soon(showPeople);
+}
+
+// --- the state of things -------------------------------------------------------------------------------------------
+function showState() {
+  const inRoom = { joining: ['joining', 'Joining…'], live: ['live', 'Live'] };
+  let shown = ['connecting', 'Connecting…'];
+  if (client.state === 'connected')
+    shown = inRoom[room.state] ?? ['outside', `Not in this room: ${room.why}`, 'Join again'];
+  else if (client.state === 'disconnected') shown = ['ended', `Disconnected: ${ended}`, 'Connect again'];
+  else if (waitsUntil) shown = ['waiting', 'Reconnecting', 'Try now'];
+  const [kind, what, offer = ''] = shown;
+  $('state').dataset.kind = kind;
+  if ($('what').textContent !== what) $('what').textContent = what;
+  $('again').hidden = !offer;
+  $('again').textContent = offer;
+  tick();
+}
+
+function tick() {
+  const leftS = Math.ceil((waitsUntil - Date.now()) / 1000);
+  const waiting = $('state').dataset.kind === 'waiting';
+  $('countdown').textContent = waiting ? (leftS > 0 ? ` in ${leftS} s` : ' now…') : '';
+  const typing = room.typing(Date.now()).map(({ info, name }) => nameOf(info, name));
+  const who = typing.length > 2 ? 'Several people are' : typing.length > 1 ? `${typing.join(' and ')} are` : `${typing} is`;
+  $('typing').textContent = typing.length ? `${who} typing…` : '';
 }
 
 function notify(text) {
@@ -208,147 +103,421 @@ function notify(text) {
   $('notice').hidden = !text;
 }
 
-function clear() {
-  $('messages').replaceChildren();
-  $('log').ariaBusy = 'true';
+function showPeople() {
+  const live = client.state === 'connected';
+  const people = new Map(); // one user with three tabs is one person
+  for (const info of (live && room.here?.values()) || []) people.set(info.user || info.client, info);
+  const mine = [...people].filter(([, info]) => isMine(info));
+  const others = [...people].filter(([, info]) => !isMine(info));
+  const items = [...mine, ...others].slice(0, 100).map(([, info]) => {
+    const item = document.createElement('li');
+    const name = isMine(info) ? guest.name : nameOf(info, `${names.get(info.client) ?? `Guest ${info.client.slice(0, 4)}`}`);
+    item.append(faceOf(name), isMine(info) ? `${name} (you)` : name);
+    return item;
+  });
+  const known = room.here ? `${people.size} here` : 'Who is here is not known';
+  $('count').textContent = live ? known : 'Not connected';
+  $('people').replaceChildren(...items);
 }
 
-function showMessage({ offset = 0, time = Date.now(), info, data }) {
+// --- rooms ---------------------------------------------------------------------------------------------------------
+function showRooms() {
+  let elsewhere = 0;
+  const items = [...rooms.values()].map((each) => {
+    const item = document.createElement('li');
+    const link = document.createElement('a');
+    const name = document.createElement('bdi');
+    const open = each === room;
+    const unread = open && atEnd && !document.hidden ? 0 : each.unread;
+    if (!open) elsewhere += unread;
+    name.textContent = each.name;
+    link.href = `#${encodeURIComponent(each.name)}`;
+    link.append(name);
+    if (open) link.ariaCurrent = 'page';
+    if (unread) {
+      const badge = document.createElement('span');
+      badge.className = 'badge';
+      badge.textContent = unread > 99 ? '99+' : unread;
+      badge.append(unseen(' unread'));
+      link.append(badge);
+    }
+    item.append(link);
+    if (rooms.size > 1) item.append(leaving(each));
+    return item;
+  });
+  const focused = document.activeElement?.closest?.('#rooms li');
+  const at = focused && [...$('rooms').children].indexOf(focused);
+  const control = document.activeElement?.localName;
+  $('rooms').replaceChildren(...items);
+  if (focused) $('rooms').children[Math.min(at, items.length - 1)]?.querySelector(control)?.focus();
+  $('elsewhere').textContent = elsewhere > 99 ? '99+' : elsewhere;
+  $('elsewhere').append(unseen(' unread in other rooms'));
+  $('elsewhere').hidden = !elsewhere;
+  document.title = `${elsewhere ? `(${elsewhere}) ` : ''}${room.name} – Waterspout`;
+}
+
+function unseen(text) {
+  const span = document.createElement('span');
+  span.className = 'unseen';
+  span.textContent = text;
+  return span;
+}
+
+function leaving(each) {
+  const button = document.createElement('button');
+  button.type = 'button';
+  button.textContent = '×';
+  button.ariaLabel = `Leave ${each.name}`;
+  button.onclick = () => {
+    rooms.delete(each.name);
+    each.leave();
+    keepRooms();
+    if (each === room) location.hash = encodeURIComponent(rooms.keys().next().value);
+    else showRooms();
+  };
+  return button;
+}
+
+function keepRooms() {
+  const entered = [...rooms.values()].filter(({ state }) => state !== 'outside').map(({ name }) => name);
+  keep('localStorage', 'rooms', entered.slice(-ROOMS));
+}
+
+function roomNamed(name) {
+  if (!rooms.has(name)) rooms.set(name, new Room(name, client, page));
+  return rooms.get(name);
+}
+
+function nameInAddress() {
+  const hash = location.hash.slice(1) || 'lobby';
+  try {
+    return decodeURIComponent(hash);
+  } catch {
+    return hash; // a lone % stands for itself
+  }
+}
+
+/** Show the room that the address names. */
+function enter() {
+  room?.mark(false);
+  room?.close();
+  if (room?.state === 'outside') {
+    rooms.delete(room.name);
+    room.leave();
+  }
+  room = roomNamed(nameInAddress());
+  readTo = room.unread ? (room.seen?.offset ?? 0) : Infinity;
+  $('title').textContent = room.name;
+  $('room').value = '';
+  $('text').value = recall('sessionStorage', `draft ${room.channel}`) ?? '';
+  notify('');
+  room.open();
+  atEnd = true;
+  showAll();
+  keepRooms();
+  look();
+}
+
+/** What is in view counts as seen. */
+function look() {
+  if (atEnd && !document.hidden) room.see();
+  soon(showRooms);
+}
+
+/** Half a sentence outlives a reload, and a look into another room. */
+function keepDraft() {
+  keep('sessionStorage', `draft ${room.channel}`, $('text').value);
+}
+
+// --- messages ------------------------------------------------------------------------------------------------------
+const shown = new WeakMap(); // list item -> publication
+
+function showAll() {
+  $('messages').replaceChildren();
+  for (const publication of room.items) place(publication);
+  $('log').ariaBusy = String(!room.loaded);
+  showBeginning();
+  showUnsent();
+  showState();
+  showPeople();
+}
+
+function showBeginning() {
+  const [first] = room.items;
+  $('older').hidden = !room.loaded || room.beginning || !first;
+  $('beginning').hidden = !room.loaded || !room.beginning || !first?.offset;
+  $('beginning').textContent = first?.offset === 1 ? 'This is where the room begins.' : 'Older messages are not kept.';
+}
+
+function place(publication) {
+  const { offset = 0, time, info, data } = publication;
   const list = $('messages');
   let before = list.lastElementChild;
   while (offset && Number(before?.dataset.offset) > offset) before = before.previousElementSibling;
-  if (offset && Number(before?.dataset.offset) === offset) return;
-  // Anybody may publish any JSON here, so nothing is taken for granted.
   const given = data ?? {};
-  const name = (typeof given.name === 'string' && given.name.trim().slice(0, 40)) || (info ? 'Guest' : 'Server');
+  const name = nameOf(info, given.name);
   const text = [given.text, given].find((it) => typeof it === 'string') ?? JSON.stringify(data);
-  const item = $('message').content.firstElementChild.cloneNode(true);
-  const [face, by, body] = item.children;
-  const at = new Date(time);
-  const dateStyle = at.toDateString() === new Date().toDateString() ? undefined : 'medium';
-  Object.assign(item.dataset, { offset, client: info?.client ?? '' });
-  face.textContent = Array.from(name)[0].toUpperCase();
-  face.dataset.hue = Array.from(name).reduce((sum, sign) => sum + sign.codePointAt(0), 0) % 6;
-  by.firstElementChild.textContent = name;
-  by.lastElementChild.textContent = at.toLocaleString(undefined, { dateStyle, timeStyle: 'short' });
-  by.lastElementChild.dateTime = at.toISOString();
-  body.textContent = text;
+  const item = copyOf('message');
+  const at = new Date(time ?? Date.now());
+  shown.set(item, { author: info?.user || info?.client || '', name, at });
+  if (info && asName(given.name)) names.set(info.client, name);
+  item.dataset.offset = offset;
+  item.classList.toggle('mine', isMine(info));
+  item.querySelector('.face').replaceWith(faceOf(name));
+  item.querySelector('.name').textContent = name;
+  item.querySelector('time').textContent = at.toLocaleTimeString(undefined, { timeStyle: 'short' });
+  item.querySelector('time').dateTime = at.toISOString();
+  item.querySelector('.text').append(...linked(text));
   if (before) before.after(item);
   else list.prepend(item);
-  if (list.childElementCount > SHOWN) list.firstElementChild.remove();
+  group(item);
+  if (item.nextElementSibling) group(item.nextElementSibling);
   outbox.came(given.id);
-  soon(showPeople);
+}
+
+/** How a message stands to the one before it: of the same author, of another day, the first that is new. */
+function group(item) {
+  const before = item.previousElementSibling;
+  const [one, other] = [shown.get(item), shown.get(before)];
+  const newDay = one.at.toDateString() !== other?.at.toDateString();
+  const offset = Number(item.dataset.offset);
+  const fresh = offset > readTo && !(Number(before?.dataset.offset) > readTo);
+  const together = one.author === other?.author && one.name === other?.name && one.at - other?.at < GROUP_MS;
+  item.classList.toggle('same', together && !newDay && !fresh);
+  item.querySelector('.day').hidden = !newDay;
+  item.querySelector('.day').textContent = one.at.toLocaleDateString(undefined, { dateStyle: 'full' });
+  item.querySelector('.fresh').hidden = !fresh;
+}
+
+function faceOf(name) {
+  const face = document.createElement('span');
+  const signs = Array.from(name);
+  face.className = 'face';
+  face.ariaHidden = 'true';
+  face.textContent = signs[0]?.toUpperCase() ?? '?';
+  face.dataset.hue = signs.reduce((sum, sign) => sum + sign.codePointAt(0), 0) % 6;
+  return face;
+}
+
+/** The text in pieces, of which those that are web addresses are links. */
+function linked(text) {
+  const pieces = [];
+  let done = 0;
+  for (const { 0: match, index } of text.matchAll(LINK)) {
+    const shown = unclosed(match.replace(/[.,;:!?…»”’]+$/u, ''));
+    const link = linkTo(shown);
+    if (!link) continue;
+    pieces.push(text.slice(done, index), link);
+    done = index + shown.length;
+  }
+  return [...pieces, text.slice(done)];
+}
+
+/** Without the parenthesis that closes one opened before the address. */
+function unclosed(address) {
+  const count = (sign) => address.split(sign).length;
+  return address.endsWith(')') && count(')') > count('(') ? unclosed(address.slice(0, -1)) : address;
+}
+
+/** Null if it is none, or names a user before the host, which serves only to look like another host. */
+function linkTo(address) {
+  let url;
+  try {
+    url = new URL(address);
+  } catch {
+    return null;
+  }
+  if (!['http:', 'https:'].includes(url.protocol) || url.username || url.password) return null;
+  const link = document.createElement('a');
+  link.href = url.href;
+  link.target = '_blank';
+  link.rel = 'noopener noreferrer nofollow';
+  link.textContent = address;
+  return link;
 }
 
 function showUnsent() {
   const waiting = outbox.items.filter(({ channel, shown }) => channel === room.channel && !shown);
-  const items = waiting.map(({ failed, data }) => {
-    const [item, text, note] = ['li', 'p', 'small'].map((tag) => document.createElement(tag));
-    text.textContent = data.text;
-    note.textContent = failed ? `Not sent: ${failed}` : connection.live ? 'Sending…' : 'Waits for the connection';
-    item.append(text, note);
+  const items = waiting.map((unsent) => {
+    const { failed, data } = unsent;
+    const item = copyOf('waiting');
+    item.querySelector('.text').append(...linked(data.text));
+    const fate = failed ? `Not sent: ${failed}` : client.state === 'connected' ? 'Sending…' : 'Waits for the connection';
+    item.querySelector('small').textContent = fate;
+    item.querySelector('button').hidden = !failed;
+    item.querySelector('button').onclick = () => outbox.discard(unsent);
     return item;
   });
   $('unsent').replaceChildren(...items);
   soon(settle);
 }
 
-function showPeople() {
-  const speakers = Array.from($('messages').children, ({ dataset, children: [, by] }) => [
-    dataset.client,
-    by.firstElementChild.textContent,
-  ]);
-  const names = new Map([...speakers, [connection.client, `${$('name').value || 'Guest'} (you)`]]);
-  const here = connection.live ? [...(room.here ?? [])] : [];
-  const items = here.slice(0, 100).map((client) => {
-    const item = document.createElement('li');
-    item.textContent = names.get(client) ?? `Guest ${client.slice(0, 4)}`;
-    return item;
-  });
-  const count = room.here ? `${here.length} here` : 'Who is here is not known';
-  $('count').textContent = connection.live ? count : 'Not connected';
-  $('people').replaceChildren(...items);
-}
-
 function settle() {
   if (atEnd) $('log').scrollTop = $('log').scrollHeight;
+  const unread = atEnd ? 0 : room.unread;
   $('down').hidden = atEnd;
+  $('down').textContent = unread ? `${unread} new` : 'Newest messages';
 }
 
-function roomOfHash() {
-  const hash = location.hash.slice(1) || 'lobby';
-  let name = hash;
-  try {
-    name = decodeURIComponent(hash);
-  } catch {} // a lone % stands for itself
-  document.title = `${name} – Waterspout`;
-  $('room').value = name;
-  return new Room(name);
-}
-
-addEventListener('hashchange', () => {
-  const left = { channel: room.channel };
-  room = roomOfHash();
-  clear();
-  notify('');
-  if (!connection.live) return;
-  connection.ask({ unsubscribe: left }).catch(({ code }) => code === LOST || connection.drop());
-  room.join();
-});
-addEventListener('online', () => state.kind === 'waiting' && connection.open());
-$('again').onclick = () => (state.kind === 'outside' ? room.join() : connection.open());
-$('notice').lastElementChild.onclick = () => notify('');
-$('go').onsubmit = (event) => {
-  event.preventDefault();
-  location.hash = encodeURIComponent($('room').value.trim() || 'lobby');
-  $('text').focus();
-};
-$('name').oninput = () => {
-  keep('localStorage', 'name', $('name').value);
-  soon(showPeople);
-};
-$('say').onsubmit = (event) => {
-  event.preventDefault();
-  const text = $('text').value.trim();
-  if (!text) return;
-  atEnd = true;
-  outbox.add(room.channel, $('name').value.trim() || 'Guest', text);
-  $('text').value = '';
-  $('text').focus();
-};
-$('text').onkeydown = (event) => {
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  $('say').requestSubmit();
-};
-$('log').onscroll = () => {
-  const { scrollTop, scrollHeight, clientHeight } = $('log');
-  atEnd = scrollHeight - scrollTop - clientHeight < 40 || (atEnd && scrollTop >= scrolledTo);
-  scrolledTo = scrollTop;
-  $('down').hidden = atEnd;
-};
-$('down').onclick = () => settle((atEnd = true));
-new ResizeObserver(() => soon(settle)).observe($('log'));
-setInterval(countDown, 500);
-setInterval(() => state.kind === 'live' && room.refresh(), PRESENCE_MS);
-
-$('name').value = recall('localStorage', 'name') ?? `Guest ${100 + Math.floor(Math.random() * 900)}`;
-keep('localStorage', 'name', $('name').value);
-const connection = new Connection({
-  state: (kind, why, untilMs) =>
-    ({
-      connecting: () => showState('connecting', 'Connecting…'),
-      waiting: () => showState('waiting', 'Reconnecting', 'Try now', untilMs),
-      ended: () => showState('ended', `Disconnected: ${why}`, 'Connect again'),
-    })[kind](),
-  live() {
-    if (room.outside) room.stayOutside(room.outside);
-    else room.join();
-    outbox.flush();
+// --- what rooms tell the page ----------------------------------------------------------------------------------------
+const page = {
+  changed(changed) {
+    if (changed === room) {
+      showState();
+      soon(showPeople);
+    }
+    if (changed.state === 'live') keepRooms();
+    soon(showRooms);
   },
-  push: (push) => room.take(push),
-  invalidated: () => room.forget(),
-});
-const outbox = new Outbox();
-let room = roomOfHash();
-connection.open();
+  added(changed, publication) {
+    const trims = changed !== room || atEnd;
+    const gone = trims ? changed.trim(SHOWN) : 0;
+    if (changed === room) {
+      place(publication);
+      if (gone) showBeginning();
+      for (let left = gone; left; left--) $('messages').firstElementChild.remove();
+      if (gone) group($('messages').firstElementChild);
+      soon(settle);
+      look();
+    }
+    soon(showRooms);
+  },
+  loaded(changed, publications) {
+    if (changed !== room) return;
+    const log = $('log');
+    const toEnd = log.scrollHeight - log.scrollTop;
+    log.ariaBusy = 'true'; // what is older is not read out
+    publications.forEach(place);
+    showBeginning();
+    if (!atEnd) log.scrollTop = log.scrollHeight - toEnd;
+    requestAnimationFrame(() => (log.ariaBusy = 'false'));
+    soon(settle);
+    look();
+  },
+  emptied(changed) {
+    if (changed === room) showAll();
+  },
+  notify(changed, text) {
+    if (changed === room) notify(text);
+  },
+};
+
+// --- what the visitor does -------------------------------------------------------------------------------------------
+function showSide(open) {
+  $('menu').ariaExpanded = String(open);
+  $('side').classList.toggle('open', open);
+  $('shade').hidden = !open;
+  document.querySelector('main').inert = open;
+  if (open) ($('rooms').querySelector('[aria-current]') ?? $('room')).focus();
+  else if ($('side').contains(document.activeElement)) $('menu').focus();
+}
+
+function listen() {
+  addEventListener('hashchange', () => {
+    enter();
+    showSide(false);
+    if (matchMedia('(pointer: fine)').matches) $('text').focus(); // elsewhere a keyboard would cover the room
+  });
+  $('menu').onclick = () => showSide(true);
+  $('shade').onclick = () => showSide(false);
+  $('rooms').addEventListener('click', ({ target }) => target.closest('[aria-current]') && showSide(false));
+  addEventListener('keydown', ({ key }) => key === 'Escape' && showSide(false));
+  matchMedia('(min-width: 760px)').onchange = () => showSide(false);
+  $('go').onsubmit = () => {
+    const name = $('room').value.trim();
+    if (!name) return;
+    if (name === room.name) showSide(false);
+    else location.hash = encodeURIComponent(name);
+    $('room').value = '';
+  };
+  $('me').onsubmit = rename;
+  $('name').onchange = rename;
+  $('again').onclick = () => (client.state === 'connected' ? room.join() : client.connect());
+  $('notice').lastElementChild.onclick = () => notify('');
+  $('say').onsubmit = () => {
+    const text = $('text').value.trim();
+    if (!text) return;
+    atEnd = true;
+    readTo = Infinity;
+    outbox.add(room.channel, guest.known ? { text } : { name: guest.name, text });
+    room.mark(false);
+    $('text').value = '';
+    keepDraft();
+    $('text').focus();
+  };
+  $('text').oninput = () => {
+    keepDraft();
+    room.mark(Boolean($('text').value.trim()), guest.known ? undefined : guest.name);
+  };
+  $('text').onkeydown = (event) => {
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    $('say').requestSubmit();
+  };
+  $('log').onscroll = () => {
+    const { scrollTop, scrollHeight, clientHeight } = $('log');
+    const was = atEnd;
+    atEnd = scrollHeight - scrollTop - clientHeight < NEAR_PX || (atEnd && scrollTop >= scrolledTo);
+    scrolledTo = scrollTop;
+    if (!atEnd && scrollTop < OLDER_PX) room.loadOlder();
+    if (was === atEnd) return;
+    soon(settle);
+    look();
+  };
+  $('older').onclick = () => {
+    atEnd = false;
+    room.loadOlder();
+  };
+  $('down').onclick = () => {
+    atEnd = true;
+    settle();
+    look();
+    $('log').focus();
+  };
+  document.onvisibilitychange = () => {
+    if (document.hidden) readTo = room.top.offset;
+    look();
+  };
+  new ResizeObserver(() => soon(settle)).observe($('log'));
+  setInterval(tick, 500);
+  setInterval(() => room.refresh(), PRESENCE_MS);
+}
+
+async function begin() {
+  for (const form of document.forms) form.addEventListener('submit', (event) => event.preventDefault());
+  $('name').value = guest.name;
+  keep('localStorage', 'name', guest.name);
+  client = new Client(undefined, { name: 'chat', ...(await guest.options()) });
+  outbox = new Outbox(client, () => soon(showUnsent));
+  client.on('connecting', ({ delayMs }) => {
+    waitsUntil = delayMs && Date.now() + delayMs;
+    refresh();
+  });
+  client.on('connected', () => {
+    renewed = false;
+    if (document.activeElement !== $('name')) $('name').value = guest.name; // as the server has cleaned it
+    refresh();
+  });
+  client.on('disconnected', ({ code, reason }) => {
+    ended = `${reason} (${code})`;
+    refresh();
+    if (code !== 3500 || !guest.known || renewed) return;
+    renewed = true; // the server has another key than the one that signed our token
+    guest.forget();
+    client.setToken('');
+    client.connect();
+  });
+  for (const name of recall('localStorage', 'rooms') ?? []) roomNamed(String(name));
+  enter();
+  listen();
+  client.connect();
+}
+
+function refresh() {
+  if (!room) return;
+  showState();
+  showUnsent();
+  soon(showPeople);
+}
+
+begin();

@@ -1,23 +1,55 @@
-"""What every test gets: a loop to run on, and a log that must stay quiet."""
+"""What every test gets: a loop to run on, and a log that must stay quiet; and a browser for those that ask."""
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
 
-@pytest.fixture(scope="session")
-def _one_loop() -> Iterator[asyncio.AbstractEventLoop]:
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_loop() -> asyncio.AbstractEventLoop:
+    """It is never closed: what tests have left on it ends with the process."""
     loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
+    asyncio.set_event_loop(loop)
+    return loop
 
 
 @pytest.fixture(autouse=True)
 def _current_loop(_one_loop: asyncio.AbstractEventLoop) -> None:
     """All tests run on one loop, since several share a browser; newer Pythons make none by themselves."""
     asyncio.set_event_loop(_one_loop)
+
+
+CHROMIUM = (
+    "--no-sandbox",
+    "--headless",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="session")
+def browser(_one_loop: asyncio.AbstractEventLoop) -> "Iterator[Browser]":
+    """One Chromium for all tests of pages: a start costs more than most tests, and visitors share nothing anyway."""
+    from playwright.async_api import async_playwright
+
+    asyncio.set_event_loop(_one_loop)
+    playwright = _one_loop.run_until_complete(async_playwright().start())
+    launch = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
+    chromium = _one_loop.run_until_complete(launch)
+    yield chromium
+    _one_loop.run_until_complete(chromium.close())
+    _one_loop.run_until_complete(playwright.stop())
 
 
 class ExpectedLog:

@@ -13,22 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import tornado.ioloop
-from playwright.async_api import Browser, Page, WebSocketRoute, async_playwright, expect
-from support import OPEN, Client, Process, config
+from playwright.async_api import Browser, Page, WebSocketRoute, expect
+from support import OPEN, ROOT, Client, Process, config
 
 PATIENCE_MS = 15_000
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = (
-    "--no-sandbox",
-    "--headless",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 UNREACHABLE = re.compile(r"^WebSocket connection to '[^']*' failed: ")
 READ = """items => items.map(item => ({
     name: item.querySelector('.name').textContent,
@@ -42,12 +30,16 @@ CONTRAST = """element => {
             .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
+    if (!element.isConnected) return 0;
     let behind = element;
     while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
     const pair = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor].map(light);
     return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
 }"""
 
+
+AXE = ROOT / "tests" / "sdk" / "node_modules" / "axe-core" / "axe.min.js"
+VIOLATIONS = "() => axe.run().then(({ violations }) => violations.map(({ id, nodes }) => [id, nodes[0].html]))"
 
 LEAVE = {"id": 4_000_000_000, "unsubscribe": {"channel": "chat:positions"}}
 """A command that comes from the test, not from the page."""
@@ -114,11 +106,12 @@ class Tab:
         return [message["text"] for message in await self.messages()]
 
     def offsets(self) -> list[int]:
-        """The offsets of all publications that came by subscription, in order of arrival."""
+        """The offsets of all publications that came by subscription to a kept channel, in order of arrival."""
         found = []
         for reply in self.received:
-            if "pub" in reply.get("push", {}):
-                found.append(reply["push"]["pub"]["offset"])
+            publication = reply.get("push", {}).get("pub", {})
+            if "offset" in publication:
+                found.append(publication["offset"])
             found += [publication["offset"] for publication in reply.get("subscribe", {}).get("publications", [])]
         return found
 
@@ -145,15 +138,16 @@ class Visitors:
         *,
         room: str = "",
         route: Callable[[WebSocketRoute], None] | None = None,
+        **options: Any,
     ) -> Tab:
         """Open the page as a new visitor; ``route`` comes between it and the server."""
-        context = await self.browser.new_context(locale="en-GB")
+        context = await self.browser.new_context(locale="en-GB", **options)
+        await context.add_init_script(f"try {{ localStorage['waterspout name'] ??= '{json.dumps(name)}' }} catch {{}}")
         tab = Tab(await context.new_page())
         self.tabs.append(tab)
         if route is not None:
             await tab.page.route_web_socket(re.compile("/connection/websocket"), route)
-        await tab.page.goto(f"{self.url}/{room and '#' + room}")
-        await tab.page.fill("#name", name)
+        await tab.page.goto(f"{self.url}/chat{room and '#' + room}")
         await tab.is_live()
         return tab
 
@@ -175,24 +169,6 @@ async def visiting(browser: Browser, url: str, *, outages: bool = False) -> Asyn
             await tab.page.context.close()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for all tests here: a start costs more than most of them, and visitors share nothing anyway.
-
-    It belongs to the loop on which pytest-tornasync runs every test.
-    """
-    loop = tornado.ioloop.IOLoop.current()
-    playwright = loop.run_sync(async_playwright().start)
-    try:
-        chromium = loop.run_sync(lambda: playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS))
-        try:
-            yield chromium
-        finally:
-            loop.run_sync(chromium.close)
-    finally:
-        loop.run_sync(playwright.stop)
-
-
 async def kept(process: Process, room: str = "lobby") -> list[dict[str, str]]:
     """The history of a room as the page would show it, asked for by a client that is no browser."""
     client = await Client.connected(process.url)
@@ -201,7 +177,7 @@ async def kept(process: Process, room: str = "lobby") -> list[dict[str, str]]:
     assert [publication["offset"] for publication in history["publications"]] == list(range(1, history["offset"] + 1))
     return [
         {
-            "name": publication["data"]["name"],
+            "name": publication.get("info", {}).get("conn_info", publication["data"])["name"],
             "text": publication["data"]["text"],
             "time": datetime.fromtimestamp(publication["time"] / 1000, UTC)
             .isoformat(timespec="milliseconds")
@@ -273,7 +249,7 @@ async def test_two_visitors_and_a_server_killed_in_the_middle(browser: Browser, 
             assert [message["text"] for message in shown if message["name"] == "Grace"] == of_grace
             for tab in (ada, grace):
                 assert tab.offsets() == list(range(1, len(shown) + 1))
-                assert tab.results("subscribe")[-1].get("recovered") is True
+                assert [result["recovered"] for result in tab.results("subscribe") if "recovered" in result] == [True]
                 await tab.page.reload()
                 await tab.is_live()
                 await tab.shows(len(shown))
@@ -291,7 +267,7 @@ async def test_what_is_unsent_survives_a_reload(browser: Browser, tmp_path: Path
             await ada.say("one", "two", "three")
             await ada.page.goto("about:blank")
             process.start()
-            await ada.page.goto(process.http)
+            await ada.page.goto(f"{process.http}/chat")
             await ada.is_live()
             await ada.shows(3)
             assert await ada.texts() == ["one", "two", "three"]
@@ -341,7 +317,8 @@ async def test_insufficient_state_resubscribes(browser: Browser, open_server: Pr
         sides[:] = [page, server]
 
         def ask(frame: str | bytes) -> None:
-            asked.extend(command["subscribe"] for command in _messages(frame) if "subscribe" in command)
+            wishes = [command["subscribe"] for command in _messages(frame) if "subscribe" in command]
+            asked.extend(wish for wish in wishes if wish["channel"] == "chat:positions")
             server.send(frame)
 
         def answer(frame: str | bytes) -> None:
@@ -570,7 +547,7 @@ async def test_rooms_and_who_is_here(browser: Browser, open_server: Process) -> 
 
         third = await visitors.tab("Third", room=grace.page.url.partition("#")[2])
         await third.shows(1)
-        await expect(third.page.locator("#room")).to_have_value("50% of: <us> #1 über")
+        await expect(third.page.locator("#title")).to_have_text("50% of: <us> #1 über")
         await grace.page.go_back()
         await grace.is_live()
         await grace.shows(1)
@@ -579,31 +556,292 @@ async def test_rooms_and_who_is_here(browser: Browser, open_server: Process) -> 
         await expect(ada.page.locator("#count")).to_have_text("1 here")
 
 
+async def test_names_are_what_the_token_says(browser: Browser, open_server: Process) -> None:
+    """PROTOCOL 8.6: a new name is seen by all at once; one that the server does not take is refused with its reason."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada, grace = await visitors.tab("Ada", room="names"), await visitors.tab("Grace", room="names")
+        await ada.say("before")
+        await ada.page.fill("#name", "Ada Lovelace")
+        await ada.page.press("#name", "Enter")
+        await ada.until(lambda: len(ada.results("refresh")) == 1)
+        await ada.say("after")
+        await grace.shows(2)
+        assert [message["name"] for message in await grace.messages()] == ["Ada", "Ada Lovelace"]
+        assert await ada.page.locator("#messages .mine").count() == 2
+        assert await grace.page.locator("#messages .mine").count() == 0
+        await ada.page.reload()
+        await ada.is_live()
+        await ada.shows(2)
+        assert await ada.page.locator("#messages .mine").count() == 2
+        raw = await Client.connected(open_server.url)
+        await raw.ask("publish", channel="chat:names", data={"name": "Ada Lovelace", "text": "I am she"})
+        await raw.close()
+        await ada.shows(3)
+        assert await ada.page.locator("#messages .mine").count() == 2
+
+        await ada.page.fill("#name", "\u202e\u200b")
+        await ada.page.press("#name", "Enter")
+        await expect(ada.page.locator("#unnamed")).to_be_visible()
+        await expect(ada.page.locator("#name")).to_have_value("Ada Lovelace")
+        ada.faults = [fault for fault in ada.faults if "400 (Bad Request)" not in fault]
+
+
+async def test_links_are_safe(browser: Browser, open_server: Process) -> None:
+    """Only web addresses become links, which tell the other side nothing; what only looks like one stays text."""
+    texts = {
+        "see https://example.com/a_(b)?c=d&e=<f>, (http://example.org/).": [
+            "https://example.com/a_(b)?c=d&e=",
+            "http://example.org/",
+        ],
+        "javascript:alert(1) data:text/html,x ftp://example.com file:///etc vbscript:x": [],
+        "https://bank.example@evil.example https://a:b@c.example http:// https://": [],
+        "HTTPS://EXAMPLE.COM/Path!": ["HTTPS://EXAMPLE.COM/Path"],
+        "https://example.com/\u202egnp.exe": ["https://example.com/"],
+        'https://example.com/" onclick="alert(1)': ["https://example.com/"],
+    }
+    async with visiting(browser, open_server.http) as visitors:
+        ada = await visitors.tab("Ada", room="links")
+        await ada.say(*texts)
+        await ada.shows(len(texts))
+        assert await ada.texts() == list(texts)
+        found = await ada.page.eval_on_selector_all(
+            ".text",
+            """texts => texts.map(text => [...text.querySelectorAll('a')].map(link => link.textContent))""",
+        )
+        assert found == list(texts.values())
+        links = await ada.page.eval_on_selector_all(
+            ".text a", "links => links.map(link => [link.protocol, link.rel, link.target, link.getAttributeNames()])"
+        )
+        for protocol, rel, target, attributes in links:
+            assert protocol in ("http:", "https:")
+            assert (rel, target) == ("noopener noreferrer nofollow", "_blank")
+            assert attributes == ["href", "target", "rel"]
+
+
+async def test_back_to_the_beginning(browser: Browser, open_server: Process) -> None:
+    """Scrolling up brings page after page until the first message; what is in view stays where it is."""
+    raw = await Client.connected(open_server.url)
+    for number in range(1, 231):
+        await raw.ask("publish", channel="chat:back", data={"name": "Grace", "text": f"message {number}"})
+    async with visiting(browser, open_server.http) as visitors:
+        ada = await visitors.tab("Ada", room="back")
+        await ada.shows(50)
+        await expect(ada.page.locator("#beginning")).to_be_hidden()
+        for count in (100, 150, 200, 230):
+            oldest = await ada.page.locator(".message .text").first.text_content()
+            was_oldest = ada.page.locator(".message").filter(has=ada.page.get_by_text(str(oldest), exact=True))
+            if count < 230:
+                await ada.page.locator("#log").evaluate("log => { log.scrollTop = 0 }")
+            else:
+                await ada.page.focus("#older")
+                await ada.page.keyboard.press("Enter")
+            await ada.shows(count)
+            await expect(was_oldest).to_be_in_viewport()
+        await expect(ada.page.locator("#beginning")).to_have_text("This is where the room begins.")
+        await expect(ada.page.locator("#older")).to_be_hidden()
+        await raw.ask("publish", channel="chat:back", data={"name": "Grace", "text": "message 231"})
+        await expect(ada.page.locator("#down")).to_have_text("1 new")
+        assert await ada.texts() == numbered("message", 231)
+        await ada.page.click("#down")
+        await expect(ada.page.locator(".message").last).to_be_in_viewport()
+        await expect(ada.page.locator("#down")).to_be_hidden()
+        assert await ada.messages() == await kept(open_server, "back")
+    await raw.close()
+
+
+async def test_unread_elsewhere(browser: Browser, open_server: Process) -> None:
+    """Rooms that one entered count what is said in them meanwhile, over reloads, too, until one looks."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada, grace = await visitors.tab("Ada", room="near"), await visitors.tab("Grace", room="far")
+        await grace.say("seen")
+        await ada.page.evaluate("location.hash = 'far'")
+        await ada.shows(1)
+        await ada.page.evaluate("location.hash = 'near'")
+        await ada.shows(0)
+        far = ada.page.locator("#rooms li").filter(has_text="far")
+        await expect(far.locator(".badge")).to_have_count(0)
+        await grace.say("one", "two")
+        await expect(far.locator(".badge")).to_have_text("2 unread")
+        assert await ada.page.title() == "(2) near – Waterspout"
+        await ada.page.goto("about:blank")
+        await grace.say("three")
+        await grace.shows(4)
+        await ada.page.goto(f"{open_server.http}/chat#near")
+        await expect(far.locator(".badge")).to_have_text("3 unread")
+        await far.locator("a").click()
+        await ada.shows(4)
+        await expect(ada.page.locator(".fresh:visible")).to_have_count(1)
+        await expect(ada.page.locator(".message").filter(has_text="one").locator(".fresh")).to_be_visible()
+        await expect(far.locator(".badge")).to_have_count(0)
+        assert await ada.page.title() == "far – Waterspout"
+        await ada.page.click("text=×")
+        await expect(ada.page.locator("#rooms li")).to_have_count(1)
+        await expect(ada.page.locator("#title")).to_have_text("far")
+        await ada.page.reload()
+        await ada.is_live()
+        await expect(ada.page.locator("#rooms li")).to_have_count(1)
+
+
+async def test_who_is_typing(browser: Browser, open_server: Process) -> None:
+    """Typing marks come and go with what is written, and are no part of the room's history."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada, grace = await visitors.tab("Ada", room="typing"), await visitors.tab("Grace", room="typing")
+        await expect(grace.page.locator("#count")).to_have_text("2 here")
+        typing = grace.page.locator("#typing")
+        await ada.page.locator("#text").press_sequentially("hm")
+        await expect(typing).to_have_text("Ada is typing…")
+        await expect(ada.page.locator("#typing")).to_be_empty()
+        await ada.page.fill("#text", "")
+        await expect(typing).to_be_empty()
+        await ada.page.locator("#text").press_sequentially("well")
+        await expect(typing).to_have_text("Ada is typing…")
+        await ada.page.press("#text", "Enter")
+        await expect(typing).to_be_empty()
+        await ada.page.locator("#text").press_sequentially("and th")
+        await expect(typing).to_have_text("Ada is typing…")
+        await expect(typing).to_be_empty(timeout=PATIENCE_MS)
+        await grace.shows(1)
+        assert await grace.messages() == await kept(open_server, "typing")
+
+
+async def test_a_reload_in_mid_sentence(browser: Browser, open_server: Process) -> None:
+    """What was half written is still there after a reload, each in its room, and is sent once."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada = await visitors.tab("Ada", room="mid")
+        await ada.page.locator("#text").press_sequentially("half a sen")
+        await ada.page.evaluate("location.hash = 'other'")
+        await expect(ada.page.locator("#text")).to_have_value("")
+        await ada.page.evaluate("location.hash = 'mid'")
+        await ada.page.reload()
+        await ada.is_live()
+        await expect(ada.page.locator("#text")).to_have_value("half a sen")
+        await ada.page.press("#text", "End")
+        await ada.page.locator("#text").press_sequentially("tence")
+        await ada.page.press("#text", "Enter")
+        await ada.shows(1)
+        await ada.page.reload()
+        await ada.is_live()
+        await ada.shows(1)
+        assert await ada.texts() == ["half a sentence"]
+        await expect(ada.page.locator("#text")).to_have_value("")
+
+
+async def test_the_network_is_cut(browser: Browser, open_server: Process) -> None:
+    """What is written offline is shown as waiting, and sent once, in order, as soon as the network is back."""
+    async with visiting(browser, open_server.http, outages=True) as visitors:
+        ada, grace = await visitors.tab("Ada", room="cut"), await visitors.tab("Grace", room="cut")
+        await ada.say("before")
+        await ada.shows(1)
+        await ada.page.context.set_offline(True)
+        await expect(ada.page.locator("#state")).to_have_text(AWAY, timeout=PATIENCE_MS)
+        await ada.say(*numbered("offline", 5))
+        await grace.say("meanwhile")
+        await expect(ada.page.locator("#unsent small")).to_have_text(["Waits for the connection"] * 5)
+        await ada.page.context.set_offline(False)
+        await ada.shows(7)
+        await grace.shows(7)
+        assert await ada.texts() == ["before", "meanwhile", *numbered("offline", 5)]
+        assert await ada.messages() == await grace.messages() == await kept(open_server, "cut")
+        assert ada.offsets() == list(range(1, 8))
+
+
+async def test_a_key_that_changed(browser: Browser, tmp_path: Path) -> None:
+    """A server that does not know our token any more gives another; nobody has to reload."""
+    with Process(tmp_path) as process:
+        async with visiting(browser, process.http, outages=True) as visitors:
+            ada = await visitors.tab("Ada")
+            process.kill()
+            (tmp_path / "waterspout.db.key").unlink()
+            process.start()
+            await ada.say("still me")
+            await ada.is_live()
+            await ada.shows(1)
+            assert await kept(process) == await ada.messages()
+            assert (await ada.messages())[0]["name"] == "Ada"
+
+
+async def test_a_phone(browser: Browser, open_server: Process) -> None:
+    """Rooms and people are behind a button, by touch and by keyboard; what is behind the drawer cannot be reached."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada = await visitors.tab("Ada", room="hand", viewport={"width": 360, "height": 740}, has_touch=True)
+        page = ada.page
+        await expect(page.locator("#room")).not_to_be_visible()
+        await page.tap("#menu")
+        await expect(page.locator("#room")).to_be_in_viewport(ratio=1)
+        await expect(page.locator("#people li")).to_have_text("AAda (you)")
+        await page.tap("#room")
+        await page.keyboard.type("pocket")
+        await page.tap("text=→")
+        await expect(page.locator("#title")).to_have_text("pocket")
+        await expect(page.locator("#room")).not_to_be_visible()
+        await ada.is_live()
+        await page.tap("#text")
+        await page.keyboard.type("by thumb")
+        await page.tap("#say button")
+        await ada.shows(1)
+
+        await page.focus("#menu")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#rooms [aria-current]")).to_be_focused()
+        assert await page.evaluate("document.querySelector('main').inert")
+        await page.keyboard.press("Escape")
+        await expect(page.locator("#menu")).to_be_focused()
+        await expect(page.locator("#room")).not_to_be_visible()
+        await page.tap("#menu")
+        await page.touchscreen.tap(350, 400)
+        await expect(page.locator("#room")).not_to_be_visible()
+
+        await page.evaluate("location.hash = 'x'.repeat(300)")
+        await expect(page.locator("#what")).to_have_text("Not in this room: bad request (107)")
+        await _inside(page, "#title", "#what", "#again")
+        (*_, title_bottom), (_, what_top, *_) = [
+            await page.locator(place).evaluate(WHERE) for place in ("#title", "#what")
+        ]
+        assert title_bottom <= what_top
+
+
+async def _contrast(page: Page, selector: str) -> float:
+    """Of a text and what is behind it; a text that is shown anew at this very moment is asked again."""
+    while not (contrast := float(await page.locator(selector).last.evaluate(CONTRAST))):
+        pass
+    return contrast
+
+
 async def test_fits_and_can_be_read(browser: Browser, tmp_path: Path) -> None:
-    """On a phone, a tablet and a desk nothing is cut off, and text has the contrast of WCAG AA (4.5 to 1)."""
+    """On a phone, a tablet and a desk nothing is cut off, text has the contrast of WCAG AA, and axe finds no fault."""
     sizes = ((360, 740), (768, 1024), (1280, 800))
     schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
     with Process(tmp_path) as process:
         async with visiting(browser, process.http, outages=True) as visitors:
-            ada = await visitors.tab("Ada")
+            ada, grace = await visitors.tab("Ada", reduced_motion="reduce"), await visitors.tab("Grace")
             page = ada.page
             await ada.say(*numbered("a message of some length that wraps on a phone, and then some", 15), "x" * 300)
-            await ada.shows(16)
+            await grace.say("see https://example.com/")
+            await ada.shows(17)
+            await page.evaluate("location.hash = 'elsewhere'")
+            await ada.shows(0)
+            await grace.say("missed")
+            await expect(page.locator("#rooms .badge")).to_have_count(1)
+            await page.evaluate("location.hash = 'lobby'")
+            await ada.shows(18)
+            await page.evaluate(AXE.read_text())
             process.kill()
             await ada.say("waits")
             await expect(page.locator("#state")).to_have_text(AWAY, timeout=PATIENCE_MS)
             for (width, height), scheme in itertools.product(sizes, schemes):
                 await page.set_viewport_size({"width": width, "height": height})
-                await page.emulate_media(color_scheme=scheme)
+                await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
                 await expect(page.locator("#unsent small")).to_be_in_viewport(ratio=1)
                 assert await page.evaluate("[document.documentElement.scrollWidth, innerHeight]") == [width, height]
                 assert await page.locator(".text").last.evaluate("text => text.scrollWidth <= text.clientWidth")
-                for place in ("#state", "#room", "#name", "#count", "#log", "#text", "#say button"):
-                    left, top, right, bottom = await page.locator(place).evaluate(WHERE)
-                    assert left >= 0, place
-                    assert top >= 0, place
-                    assert right <= width, place
-                    assert bottom <= height, place
+                await _inside(page, "#title", "#state", "#log", "#text", "#say button")
+                assert await page.evaluate(VIOLATIONS) == []
+                if width == 360:
+                    await page.click("#menu")
+                await _inside(page, "#rooms", "#room", "#count", "#name")
+                assert await page.evaluate(VIOLATIONS) == []
+                if width == 360:
+                    await page.keyboard.press("Escape")
                 for text in (
                     "h1",
                     "#what",
@@ -616,4 +854,14 @@ async def test_fits_and_can_be_read(browser: Browser, tmp_path: Path) -> None:
                     "small",
                     "#say button",
                 ):
-                    assert await page.locator(text).last.evaluate(CONTRAST) >= 4.5, (text, scheme)
+                    assert await _contrast(page, text) >= 4.5, (text, scheme)
+
+
+async def _inside(page: Page, *places: str) -> None:
+    width, height = await page.evaluate("[innerWidth, innerHeight]")
+    for place in places:
+        left, top, right, bottom = await page.locator(place).evaluate(WHERE)
+        assert left >= 0, place
+        assert top >= 0, place
+        assert right <= width, place
+        assert bottom <= height, place

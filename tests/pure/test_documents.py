@@ -36,7 +36,7 @@ SCALARS = {
     FieldDescriptor.TYPE_INT64: "i64",
 }
 SETTING = re.compile(
-    r"`((?:channel|client|http_api|http_server|log|presence|rpc|shutdown|sqlite|websocket)\.[a-z_.]+)`"
+    r"`((?:app|channel|client|guests|http_api|http_server|log|presence|rpc|shutdown|sqlite|websocket)\.[a-z_.]+)`"
 )
 
 

@@ -1,0 +1,96 @@
+"""``POST /v1/session``: a name in, a guest's token out; PROTOCOL 8.6."""
+
+import math
+import secrets
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from handlers.base import JsonHandler
+from handlers.socket import Network, client_address, origin_allowed
+from server.guests import Buckets, Guests
+from server.node import Node
+from server.observe import event
+
+BODY_BYTES = 16_384
+"""A name and a former token need a few hundred bytes."""
+
+
+class Wish(msgspec.Struct):
+    """Who wants to be a guest; ``token`` is the one they had, if any."""
+
+    name: str
+    token: str = ""
+
+
+class Reception:
+    """What all requests for a session share."""
+
+    def __init__(self, node: Node, trusted_proxies: Sequence[Network]) -> None:
+        settings = node.settings
+        self.node = node
+        self.guests = Guests(settings, lambda: secrets.token_hex(12))
+        self.buckets = Buckets(settings.guests.rate_limit)
+        self.allowed_origins = settings.client.allowed_origins
+        self.trusted_proxies = trusted_proxies
+
+
+class SessionHandler(JsonHandler):
+    """``/v1/session``, for pages of ``client.allowed_origins`` and for whoever is no browser."""
+
+    def initialize(self, reception: Reception) -> None:
+        """``reception`` knows the rules and who came before."""
+        self._reception = reception
+
+    def prepare(self) -> None:
+        """403 to pages of other origins; to the others, leave to read whatever the answer is."""
+        origin = self.request.headers.get("Origin")
+        self.set_header("Vary", "Origin")
+        self.set_header("Cache-Control", "no-store")
+        if not origin_allowed(origin, self._reception.allowed_origins):
+            self._refuse(403, "this origin may not have guests; look at client.allowed_origins")
+        elif origin:
+            self.set_header("Access-Control-Allow-Origin", origin)
+            self.set_header("Access-Control-Expose-Headers", "Retry-After")
+
+    def options(self) -> None:
+        """A browser's question before it sends JSON from another origin (Fetch standard, CORS preflight)."""
+        self.set_header("Access-Control-Allow-Methods", "POST")
+        self.set_header("Access-Control-Allow-Headers", "Content-Type")
+        self.set_header("Access-Control-Max-Age", "600")
+        self.set_status(204)
+        self.finish()
+
+    def post(self) -> None:
+        """200 with token, user, name and expires_at; 400, 413 or 429 with the reason."""
+        reception = self._reception
+        wait_s = reception.buckets.take(self._address(), time.monotonic())
+        if wait_s:
+            self.set_header("Retry-After", str(math.ceil(wait_s)))
+            self._refuse(429, f"too many guests from this address, try again in {math.ceil(wait_s)} s")
+            return
+        body = self.request.body
+        if len(body) > BODY_BYTES:
+            self._refuse(413, f"expected at most {BODY_BYTES} bytes, got {len(body)}")
+            return
+        try:
+            wish = msgspec.json.decode(body, type=Wish)
+            guest = reception.guests.welcome(wish.name, wish.token, reception.node.clock())
+        except msgspec.ValidationError as error:
+            self._refuse(400, f'expected JSON such as {{"name": "Ada"}}: {error}')
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._refuse(400, 'expected JSON such as {"name": "Ada"}, got something else')
+        except ValueError as error:
+            self._refuse(400, str(error))
+        else:
+            event("guest.welcomed", user=guest.user, address=self._address())
+            self.answer(guest)
+
+    def _address(self) -> str:
+        forwarded_for = self.request.headers.get("X-Forwarded-For", "")
+        return client_address(self.request.remote_ip or "", forwarded_for, self._reception.trusted_proxies)
+
+    def _refuse(self, status: int, why: str) -> None:
+        event("guest.refused", address=self._address(), status=status, why=why)
+        self.answer({"error": {"code": status, "message": why}}, status)
