@@ -121,39 +121,54 @@ function showPeople() {
 }
 
 // --- rooms ---------------------------------------------------------------------------------------------------------
+/** Put `items` into `list`; what stands there already stays, with its focus and a click that has only half happened. */
+function fill(list, items) {
+  const same = items.length === list.childElementCount && items.every((item, at) => item === list.children[at]);
+  if (!same) list.replaceChildren(...items);
+}
+
+const roomItems = new WeakMap(); // Room -> its list item
+
 function showRooms() {
   let elsewhere = 0;
   const items = [...rooms.values()].map((each) => {
-    const item = document.createElement('li');
-    const link = document.createElement('a');
-    const name = document.createElement('bdi');
+    if (!roomItems.has(each)) roomItems.set(each, itemOf(each));
+    const item = roomItems.get(each);
+    const [link, leave] = item.children;
     const open = each === room;
     const unread = open && atEnd && !document.hidden ? 0 : each.unread;
     if (!open) elsewhere += unread;
-    name.textContent = each.name;
-    link.href = `#${encodeURIComponent(each.name)}`;
-    link.append(name);
-    if (open) link.ariaCurrent = 'page';
-    if (unread) {
-      const badge = document.createElement('span');
-      badge.className = 'badge';
-      badge.textContent = unread > 99 ? '99+' : unread;
-      badge.append(unseen(' unread'));
-      link.append(badge);
-    }
-    item.append(link);
-    if (rooms.size > 1) item.append(leaving(each));
+    link.ariaCurrent = open ? 'page' : null;
+    count(link.lastElementChild, unread, ' unread');
+    leave.hidden = rooms.size < 2;
     return item;
   });
-  const focused = document.activeElement?.closest?.('#rooms li');
-  const at = focused && [...$('rooms').children].indexOf(focused);
-  const control = document.activeElement?.localName;
-  $('rooms').replaceChildren(...items);
-  if (focused) $('rooms').children[Math.min(at, items.length - 1)]?.querySelector(control)?.focus();
-  $('elsewhere').textContent = elsewhere > 99 ? '99+' : elsewhere;
-  $('elsewhere').append(unseen(' unread in other rooms'));
-  $('elsewhere').hidden = !elsewhere;
+  fill($('rooms'), items);
+  count($('elsewhere'), elsewhere, ' unread in other rooms');
   document.title = `${elsewhere ? `(${elsewhere}) ` : ''}${room.name} – Waterspout`;
+}
+
+function itemOf(each) {
+  const item = copyOf('place');
+  const [link, leave] = item.children;
+  link.href = `#${encodeURIComponent(each.name)}`;
+  link.firstElementChild.textContent = each.name;
+  leave.ariaLabel = `Leave ${each.name}`;
+  leave.onclick = () => {
+    rooms.delete(each.name);
+    each.leave();
+    keepRooms();
+    if (each === room) location.hash = encodeURIComponent(rooms.keys().next().value);
+    else showRooms();
+  };
+  return item;
+}
+
+/** A number in a badge, and what it counts for those who do not see where it stands. */
+function count(badge, number, what) {
+  badge.hidden = !number;
+  badge.textContent = number > 99 ? '99+' : number;
+  badge.append(unseen(what));
 }
 
 function unseen(text) {
@@ -161,21 +176,6 @@ function unseen(text) {
   span.className = 'unseen';
   span.textContent = text;
   return span;
-}
-
-function leaving(each) {
-  const button = document.createElement('button');
-  button.type = 'button';
-  button.textContent = '×';
-  button.ariaLabel = `Leave ${each.name}`;
-  button.onclick = () => {
-    rooms.delete(each.name);
-    each.leave();
-    keepRooms();
-    if (each === room) location.hash = encodeURIComponent(rooms.keys().next().value);
-    else showRooms();
-  };
-  return button;
 }
 
 function keepRooms() {
@@ -336,20 +336,31 @@ function linkTo(address) {
   return link;
 }
 
+const unsentItems = new WeakMap(); // what is unsent -> its list item
+
 function showUnsent() {
   const waiting = outbox.items.filter(({ channel, shown }) => channel === room.channel && !shown);
   const items = waiting.map((unsent) => {
-    const { failed, data } = unsent;
-    const item = copyOf('waiting');
-    item.querySelector('.text').append(...linked(data.text));
+    if (!unsentItems.has(unsent)) unsentItems.set(unsent, unsentItem(unsent));
+    const item = unsentItems.get(unsent);
+    const { failed } = unsent;
     const fate = failed ? `Not sent: ${failed}` : client.state === 'connected' ? 'Sending…' : 'Waits for the connection';
     item.querySelector('small').textContent = fate;
     item.querySelector('button').hidden = !failed;
-    item.querySelector('button').onclick = () => outbox.discard(unsent);
     return item;
   });
-  $('unsent').replaceChildren(...items);
+  fill($('unsent'), items);
   soon(settle);
+}
+
+function unsentItem(unsent) {
+  const item = copyOf('waiting');
+  item.querySelector('.text').append(...linked(unsent.data.text));
+  item.querySelector('button').onclick = () => {
+    outbox.discard(unsent);
+    $('text').focus();
+  };
+  return item;
 }
 
 function settle() {
