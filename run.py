@@ -132,10 +132,11 @@ def _serve(settings: Settings, module: str | None, reload: bool) -> int:
         if asyncio.run(_run(settings, app, changes)):
             os.execv(sys.executable, sys.orig_argv)
     except AppError as error:
+        # What is there now is remembered before the fault is shown, or a quick mending would not be seen.
+        changes = Changes(files_of(error) | ({module} if module else set()))
         print(error, file=sys.stderr)
         if not reload:
             return 2
-        changes = Changes(files_of(error) | ({module} if module else set()))
         while (path := changes.look()) is None:
             time.sleep(RELOAD_S)
         event("app.reloading", path=path)
