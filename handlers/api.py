@@ -23,6 +23,7 @@ from server.channels import Namespace, check_payload
 from server.commands import history_page
 from server.errors import BAD_REQUEST, FORCE_DISCONNECT, INTERNAL, NOT_AVAILABLE, Refused, Unavailable
 from server.history import Draft
+from server.hooks import ending
 from server.node import Node
 from server.observe import event
 from server.settings import HttpApiSettings
@@ -213,11 +214,10 @@ class Api:
     async def disconnect(self, request: Disconnect) -> protocol.Body:
         """PROTOCOL 15.2."""
         end = request.disconnect or DisconnectCode()
-        reason = end.reason.encode()
-        fits = 0 < len(reason) <= 123 and reason.isascii() and not protocol.is_json(reason)
-        if not 3000 < end.code < 5000 or not fits:
-            why = "a disconnect needs a code from 3001 to 4999, and a reason of 1 to 123 ASCII bytes that is no JSON"
-            raise Refused(BAD_REQUEST, why)
+        try:
+            ending(end.code, end.reason)
+        except ValueError as error:
+            raise Refused(BAD_REQUEST, f"disconnect: {error}") from None
         target = _target(request, request.whitelist or ())
         self._node.order(wires.DisconnectOrder(target, end.code, end.reason))
         return protocol.EMPTY

@@ -68,7 +68,7 @@ REFUSALS = 1000
 """Refusals in a row of which the log has each, and after which the client is disconnected with 3509."""
 
 TURN = 200
-"""Commands of one client that are answered in one loop turn before others have theirs."""
+"""Commands out of one client's inbox that are answered in one loop turn before others have theirs."""
 
 
 class State(Enum):
