@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit install-test-parts clean
+.PHONY: run test storm bench profile lint types unit install-test-parts clean
 
 run: $(VENV)/.run
 	$(BIN)/python run.py $(ARGS)
@@ -15,6 +15,25 @@ test: $(VENV)/.test install-test-parts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+# Break everything for as long as asked, and write down what came of it: make storm MINUTES=30 SEED=7
+MINUTES ?= 30
+storm: $(VENV)/.test
+	$(BIN)/python tests/cluster/storm.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --report docs/faults.md $(ARGS)
+
+# This server beside others on this machine, a quarter of an hour or two: benchmarks/README.md.
+# make bench WORKS=W1,W6 PEERS=bare,waterspout,aiohttp ROUNDS=3 SECONDS=3 SCALE=0.1
+bench: $(if $(findstring cross,$(WORKS)),$(VENV)/.test,$(VENV)/.run)
+	$(BIN)/python -m benchmarks.bench $(foreach one,works peers rounds seconds calm scale,$(call option,$(one))) $(ARGS)
+
+# Where the time goes: make profile WORK=W6 SECONDS=5
+WORK ?= W6
+profile: $(VENV)/.run
+	$(BIN)/python -m benchmarks.hotspots --work $(WORK) $(call option,seconds) $(ARGS)
+
+# --name value of the variable NAME, if it is set
+option = $(if $($(call upper,$1)),--$1 $($(call upper,$1)))
+upper = $(shell echo $1 | tr a-z A-Z)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,9 +58,10 @@ $(VENV)/.test: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[test]'
 	touch $@ $(VENV)/.run
 
-# Node with the JavaScript SDK, and a real browser.
+# Node with the JavaScript SDK, a real browser, and Redis.
 install-test-parts: tests/sdk/node_modules/.installed
 	@command -v chromium >/dev/null || sh tests/sdk/install.sh chromium
+	@command -v redis-server >/dev/null || [ -n "$$WATERSPOUT_TEST_REDIS" ] || sh tests/sdk/install.sh redis-server
 
 tests/sdk/node_modules/.installed: tests/sdk/package.json tests/sdk/package-lock.json
 	@command -v node >/dev/null && command -v npm >/dev/null || sh tests/sdk/install.sh nodejs npm
@@ -49,4 +69,4 @@ tests/sdk/node_modules/.installed: tests/sdk/package.json tests/sdk/package-lock
 	touch $@
 
 clean:
-	rm -rf $(VENV) tests/sdk/node_modules *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/sdk/node_modules benchmarks/.envs benchmarks/results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,11 +1,22 @@
 """What every handler shares: JSON in and out, and who is asking."""
 
+import asyncio
 from typing import Any
 
 import msgspec
 import tornado.web
+from tornado.http1connection import HTTP1Connection
 
 from server.observe import event
+
+TAKEN_S = 60.0
+TAKEN_BYTES_S = 16 * 1024
+"""How long an answer may take to be taken, and by how much longer a large one may; PROTOCOL 18."""
+
+
+def _cut(connection: HTTP1Connection, path: str) -> None:
+    event("http.unread", path=path)
+    connection.close()
 
 
 class JsonHandler(tornado.web.RequestHandler):
@@ -20,6 +31,17 @@ class JsonHandler(tornado.web.RequestHandler):
         self.set_status(status)
         self.set_header("Content-Type", "application/json")
         self.finish(body if isinstance(body, bytes) else msgspec.json.encode(body))
+
+    def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> "asyncio.Future[None]":
+        """See ``RequestHandler.finish``; who does not take the answer is cut, else we would hold it for ever."""
+        connection = self.request.connection
+        taken = super().finish(chunk)
+        if not taken.done():
+            assert isinstance(connection, HTTP1Connection), f"expected HTTP/1, got {connection!r}"
+            allowed_s = TAKEN_S + len(chunk or b"") / TAKEN_BYTES_S
+            alarm = asyncio.get_running_loop().call_later(allowed_s, _cut, connection, self.request.path)
+            taken.add_done_callback(lambda _: alarm.cancel())
+        return taken
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """An error that nobody handled: the status and its words, nothing of the fault."""

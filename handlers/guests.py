@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from handlers.base import JsonHandler
-from handlers.socket import Network, client_address, origin_allowed
+from handlers.cors import CorsHandler
+from handlers.socket import Network
 from server.guests import Buckets, Guests
 from server.node import Node
 from server.observe import event
@@ -36,8 +36,11 @@ class Reception:
         self.trusted_proxies = trusted_proxies
 
 
-class SessionHandler(JsonHandler):
+class SessionHandler(CorsHandler):
     """``/v1/session``, for pages of ``client.allowed_origins`` and for whoever is no browser."""
+
+    methods = ("POST",)
+    exposed_headers = ("Retry-After",)
 
     def initialize(self, reception: Reception) -> None:
         """``reception`` knows the rules and who came before."""
@@ -45,22 +48,13 @@ class SessionHandler(JsonHandler):
 
     def prepare(self) -> None:
         """403 to pages of other origins; to the others, leave to read whatever the answer is."""
-        origin = self.request.headers.get("Origin")
-        self.set_header("Vary", "Origin")
         self.set_header("Cache-Control", "no-store")
-        if not origin_allowed(origin, self._reception.allowed_origins):
+        if not self.allow_origin(self._reception.allowed_origins):
             self._refuse(403, "this origin may not have guests; look at client.allowed_origins")
-        elif origin:
-            self.set_header("Access-Control-Allow-Origin", origin)
-            self.set_header("Access-Control-Expose-Headers", "Retry-After")
 
     def options(self) -> None:
-        """A browser's question before it sends JSON from another origin (Fetch standard, CORS preflight)."""
-        self.set_header("Access-Control-Allow-Methods", "POST")
-        self.set_header("Access-Control-Allow-Headers", "Content-Type")
-        self.set_header("Access-Control-Max-Age", "600")
-        self.set_status(204)
-        self.finish()
+        """A browser's question before it sends JSON from another origin."""
+        self.answer_preflight()
 
     def post(self) -> None:
         """200 with token, user, name and expires_at; 400, 413 or 429 with the reason."""
@@ -88,8 +82,7 @@ class SessionHandler(JsonHandler):
             self.answer(guest)
 
     def _address(self) -> str:
-        forwarded_for = self.request.headers.get("X-Forwarded-For", "")
-        return client_address(self.request.remote_ip or "", forwarded_for, self._reception.trusted_proxies)
+        return self.address_behind(self._reception.trusted_proxies)
 
     def _refuse(self, status: int, why: str) -> None:
         event("guest.refused", address=self._address(), status=status, why=why)

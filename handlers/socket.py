@@ -9,45 +9,31 @@ six times as much per delivery as what stands here, its IOStream with a frame
 encoded once three times, a coroutine over the stream is level when writing and
 twice as dear when reading; each of them holds 14 KB for an idle connection.
 
-How a connection ends.  Each arrow is one plain function; nothing here awaits but
-``drained``.
+How a WebSocket ends; ``outboxes`` has what every connection does.  Each arrow is one
+plain function; nothing here awaits but ``drained``.
 
     OPEN      frames go out, messages go to the session
      | the session calls close()          -> CLOSING
      | the peer sends Close               -> ANSWERED   its code is echoed (RFC 6455 5.5.1)
      | the peer breaks RFC 6455           -> BROKEN     1002, 1007 or 1009 (RFC 6455 7.1.7)
-     | backlog above its limit, or stuck  -> SLOW
-     | the socket fails while writing     -> LOST
-     | the socket ends while reading      -> CLOSED
-    SLOW      the session is told in the next turn, and closes
-    LOST      the session is told in the next turn, and the socket is closed
     CLOSING   our Close is on its way or out; the peer's Close, its end or a time limit closes the socket
     BROKEN    the same, but what comes can not be read any more, so we say by a half-close that this was all
     ANSWERED  the peer has said goodbye; our Close is the last thing to leave
-    CLOSED    the socket is closed
-
-After a Close of ours the socket stays open for reading, because closing it with
-unread bytes sends a reset, and that makes the peer forget our Close and its code.
-A connection that closes has left the session behind and is bounded in bytes and in
-time: ``check_stalled`` ends what takes too long.
 """
 
-import asyncio
 import base64
 import binascii
 import ipaddress
-import os
 import re
 import socket
 import ssl
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
-from typing import ClassVar, Protocol, cast
+from typing import Protocol
 
-from tornado.iostream import IOStream, StreamClosedError
+from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketProtocol13
 
 from handlers.base import JsonHandler
@@ -63,31 +49,20 @@ from handlers.frames import (
     pong_frame,
     text_frame,
 )
+from handlers.outboxes import CLOSE_TIMEOUT_S, BareOutbox, BareWire, Listener, State, Tls, take_socket
 from server import errors
 from server.observe import event
-from server.outbox import Outbox, Request, Wire
-
-READ_BYTES = 64 * 1024
-WRITE_BYTES = 64 * 1024
-TLS_RECORD_BYTES = 16 * 1024
-TAKEOVER_BYTES = 256 * 1024
-LOW_WATER_BYTES = 16 * 1024
-CLOSE_TIMEOUT_S = 5.0
+from server.outbox import Outbox, Request
+from server.protocol import CODECS, Codec
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class Session(Protocol):
+class Session(Listener, Protocol):
     """What this transport wants of a session; nothing of it may wait."""
 
     def receive(self, message: bytes) -> None:
         """Take one WebSocket message."""
-
-    def gone(self) -> None:
-        """The peer is gone, said goodbye, or broke RFC 6455; called once, and never after ``Outbox.close``."""
-
-    def slow(self) -> None:
-        """The peer does not take what it is sent: leave the hub and close with ``errors.SLOW``."""
 
     def native_pong(self) -> None:
         """A pong frame came."""
@@ -195,18 +170,6 @@ def _tokens(header: str) -> set[str]:
 
 
 # --- the connection -----------------------------------------------------------
-class State(Enum):
-    """How far a connection is on its way; the module's docstring has the arrows."""
-
-    OPEN = "open"
-    SLOW = "slow"
-    LOST = "lost"
-    CLOSING = "closing"
-    BROKEN = "broken"
-    ANSWERED = "answered"
-    CLOSED = "closed"
-
-
 class Reading(Enum):
     """Does a session want messages, and does the loop watch the socket for it?
 
@@ -222,201 +185,40 @@ class Reading(Enum):
     RESUMING = "resuming"
 
 
-class Backlog:
-    """What a socket has not taken: ``data`` begins with a frame, of which ``sent`` bytes or more are out.
+class SocketWire(BareWire):
+    """All WebSockets of one format; see ``BareWire``."""
 
-    ``progress_at`` is the loop's time at which the socket last took something.
-    ``waiters`` are told ``None`` when there is little left, or why there is no
-    use in waiting.
-    """
-
-    __slots__ = ("data", "progress_at", "sent", "waiters")
-
-    def __init__(self, data: bytes, sent: int, now: float) -> None:
-        self.data = bytearray(data)
-        self.sent = sent
-        self.progress_at = now
-        self.waiters: list[asyncio.Future[errors.Disconnect | None]] = []
-
-    @property
-    def left(self) -> int:
-        """Bytes that wait."""
-        return len(self.data) - self.sent
-
-    def advance(self, count: int, now: float) -> None:
-        """The socket has taken ``count`` bytes more."""
-        self.sent += count
-        self.progress_at = now
-        if self.sent > WRITE_BYTES:
-            begin, _ = frame_around(self.data, self.sent)
-            del self.data[:begin]
-            self.sent -= begin
-
-    def cut(self, held: int) -> None:
-        """Drop the frames of which nothing is out; ``held`` bytes more than ``sent`` count as out."""
-        _, end = frame_around(self.data, self.sent + held)
-        del self.data[end:]
-
-    def wake(self, disconnect: errors.Disconnect | None) -> None:
-        """Tell all waiters."""
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(disconnect)
-
-
-class SocketWire(Wire):
-    """All connections of one format: the fan-out, and what they do together.
-
-    Sizes in bytes, times in seconds.  Must be made on the running loop.
-    """
-
-    def __init__(self, format: str, *, queue_max_size: int, stall_timeout_s: float) -> None:
-        self.format = format
-        self.queue_max_size = queue_max_size
-        self.stall_timeout_s = stall_timeout_s
-        self.loop = asyncio.get_running_loop()
-        self.backlogged: set[SocketOutbox] = set()
-        self.closing: dict[SocketOutbox, float] = {}
-        self._encode = binary_frame if format == "protobuf" else text_frame
-        self._dirty: list[SocketOutbox] = []
+    def __init__(self, codec: Codec, *, queue_max_size: int, stall_timeout_s: float) -> None:
+        super().__init__(codec, queue_max_size=queue_max_size, stall_timeout_s=stall_timeout_s)
+        self._encode = binary_frame if codec.format == "protobuf" else text_frame
 
     def frame(self, message: bytes) -> bytes:
         """Text frames for JSON, binary ones for protobuf (PROTOCOL 2.3)."""
         return self._encode(message)
 
-    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        """See ``Wire.spread``; one system call for each socket that has nothing waiting."""
-        write = os.write
-        size = len(data)
-        for outbox in cast("Iterable[SocketOutbox]", outboxes):
-            fd = outbox._direct
-            if fd < 0:
-                outbox._put(data)
-                continue
-            try:
-                sent = write(fd, data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                outbox._lose_soon()
-                continue
-            if sent != size:
-                outbox._keep(data, sent)
-
-    def check_stalled(self, now: float) -> None:
-        """Find who took nothing for too long, and whose goodbye takes too long; call it once a second.
-
-        ``now`` is the loop's time.  Only the connections concerned are looked at.
-        """
-        for outbox in [outbox for outbox in self.backlogged if now - outbox.progress_at >= self.stall_timeout_s]:
-            outbox._too_slow()
-        for outbox in [outbox for outbox, deadline in self.closing.items() if now >= deadline]:
-            outbox._abort()
-
-    def _mark(self, outbox: "SocketOutbox") -> None:
-        """Let ``outbox`` flush at the end of this loop turn."""
-        if not self._dirty:
-            self.loop.call_soon(self._flush_dirty)
-        self._dirty.append(outbox)
-
-    def _flush_dirty(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for outbox in dirty:
-            outbox.flush()
+    def around(self, data: bytes | bytearray, at: int) -> tuple[int, int]:
+        """See ``BareWire.around``."""
+        return frame_around(data, at)
 
 
-class SocketOutbox(Outbox):
-    """One connection: its socket, its parser, and its outbox.
+class SocketOutbox(BareOutbox):
+    """One WebSocket: its socket, its parser, and its outbox."""
 
-    ``_direct`` is the socket's number while frames may be written to it straight
-    away: it is open, not TLS, and nothing waits.  Else it is -1.  That makes one
-    comparison of the hot loop's every question.
-    """
-
-    __slots__ = (
-        "_backlog",
-        "_direct",
-        "_fd",
-        "_parser",
-        "_pending",
-        "_reading",
-        "_session",
-        "_sock",
-        "_state",
-        "wire",
-    )
+    __slots__ = ("_parser", "_reading")
 
     wire: SocketWire
-    _plain: ClassVar[bool] = True
+    _session: Session | None
 
     def __init__(self, sock: socket.socket, wire: SocketWire, parser: Parser) -> None:
-        self.wire = wire
-        self._sock = sock
-        self._fd = sock.fileno()
-        self._direct = self._fd if self._plain else -1
+        super().__init__(sock, wire)
         self._parser = parser
-        self._session: Session | None = None
-        self._state = State.OPEN
         self._reading = Reading.OFF
-        self._pending: list[bytes] | None = None
-        self._backlog: Backlog | None = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._state.value}, fd={self._fd}, waiting_bytes={self.waiting_bytes})"
 
     def start(self, session: Session) -> None:
         """Bring what the client sends to ``session``, unless that has closed already."""
         if self._state in (State.OPEN, State.SLOW, State.LOST):
             self._session = session
         self.resume_reading()
-
-    # --- the seam ---
-    @property
-    def waiting_bytes(self) -> int:
-        """See ``Outbox.waiting_bytes``."""
-        waiting = self._backlog.left if self._backlog is not None else 0
-        return waiting + sum(map(len, self._pending)) if self._pending is not None else waiting
-
-    @property
-    def progress_at(self) -> float:
-        """The loop's time at which the socket last took something; infinity if nothing waits."""
-        return self._backlog.progress_at if self._backlog is not None else float("inf")
-
-    def send(self, frame: bytes) -> None:
-        """See ``Outbox.send``."""
-        if self._pending is not None:
-            self._pending.append(frame)
-        elif self._state is State.OPEN:
-            self._pending = [frame]
-            self._direct = -1
-            self.wire._mark(self)
-
-    def flush(self) -> None:
-        """See ``Outbox.flush``."""
-        if self._pending is not None:
-            self._put(b"")
-
-    async def drained(self) -> None:
-        """See ``Outbox.drained``."""
-        self.flush()
-        while self._state is State.OPEN and self._backlog is not None and self._backlog.left > LOW_WATER_BYTES:
-            waiter = self.wire.loop.create_future()
-            self._backlog.waiters.append(waiter)
-            disconnect = await waiter
-            if disconnect is not None:
-                raise errors.Disconnected(disconnect, "while waiting for the socket")
-        if self._state is not State.OPEN:
-            slow = self._state is State.SLOW
-            raise errors.Disconnected(errors.SLOW if slow else errors.CONNECTION_CLOSED, "socket is not open")
-
-    def close(self, disconnect: errors.Disconnect) -> None:
-        """See ``Outbox.close``; ``CONNECTION_CLOSED`` is never sent (PROTOCOL 2.3), the socket just closes."""
-        self._session = None
-        if disconnect.code == errors.CONNECTION_CLOSED.code:
-            self._shut()
-        elif self._state in (State.OPEN, State.SLOW, State.LOST):
-            self._say_goodbye(State.CLOSING, disconnect.code, disconnect.reason)
 
     def pause_reading(self) -> None:
         """See ``Outbox.pause_reading``."""
@@ -437,13 +239,6 @@ class SocketOutbox(Outbox):
         return ping_frame()
 
     # --- reading ---
-    def _read(self) -> bytes | None:
-        """Take what has come: ``b""`` at the end, ``None`` if there is nothing; raises ``OSError``."""
-        try:
-            return self._sock.recv(READ_BYTES)
-        except BlockingIOError:
-            return None
-
     def _readable(self) -> None:
         if self._reading is not Reading.ON:
             if self._reading is Reading.PAUSED:
@@ -491,7 +286,7 @@ class SocketOutbox(Outbox):
             # The session's; it must not leave a connection that nobody serves.
             event("task.failed", task="session", fault=fault)
             if self._state is State.OPEN:
-                self._say_goodbye(State.CLOSING, errors.SERVER_ERROR.code, errors.SERVER_ERROR.reason)
+                self._say_goodbye(State.CLOSING, self._goodbye(errors.SERVER_ERROR))
             self._tell_gone()
 
     def _peer_closed(self, close: Close) -> None:
@@ -501,7 +296,7 @@ class SocketOutbox(Outbox):
             if self._backlog is None:
                 self._goodbye_said()
         elif self._state in (State.OPEN, State.SLOW):
-            self._say_goodbye(State.ANSWERED, close.code)
+            self._say_goodbye(State.ANSWERED, close_frame(close.code))
             self._tell_gone()
 
     def _peer_broke(self, violation: Violation) -> None:
@@ -512,222 +307,37 @@ class SocketOutbox(Outbox):
                 self._goodbye_said()
         elif self._state in (State.OPEN, State.SLOW):
             event("connection.violated", code=violation.code, reason=violation.reason)
-            self._say_goodbye(State.BROKEN, violation.code, violation.reason)
+            self._say_goodbye(State.BROKEN, close_frame(violation.code, violation.reason))
             self._tell_gone()
 
-    # --- writing ---
-    def _write(self, data: bytes | memoryview) -> int:
-        """Give bytes to the socket, say how many it took (0 if it is full); raises ``OSError``."""
-        try:
-            return os.write(self._fd, data)
-        except BlockingIOError:
-            return 0
-
-    def _held_bytes(self) -> int:
-        """Bytes at the head of the backlog that must be written as they are, though they are not counted as sent."""
-        return 0
-
-    def _joined(self, data: bytes) -> bytes:
-        """What is pending and ``data``, in one piece."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return data
-        if data:
-            pending.append(data)
-        return pending[0] if len(pending) == 1 else b"".join(pending)
-
-    def _put(self, data: bytes) -> None:
-        """Write what is pending and ``data`` now, as far as the socket takes it."""
-        if self._state is not State.OPEN:
-            return
-        try:
-            self._push(self._joined(data))
-        except OSError:
-            self._lose_soon()
-            return
-        if self._backlog is None:
-            self._direct = self._fd if self._plain else -1
-        else:
-            self._check_limit()
-
-    def _push(self, data: bytes) -> None:
-        """Write behind what waits, and let the rest wait; raises ``OSError``."""
-        if self._backlog is not None:
-            self._backlog.data += data
-            return
-        sent = self._write(data)
-        if sent != len(data):
-            self._start_backlog(data, sent)
-
-    def _keep(self, data: bytes, sent: int) -> None:
-        """Let the rest wait of what a fan-out could not write."""
-        self._direct = -1
-        self._start_backlog(data, sent)
-        self._check_limit()
-
-    def _start_backlog(self, data: bytes, sent: int) -> None:
-        self._backlog = Backlog(data, sent, self.wire.loop.time())
-        self.wire.backlogged.add(self)
-        self.wire.loop.add_writer(self._fd, self._writable)
-
-    def _end_backlog(self) -> None:
-        self._backlog = None
-        self.wire.backlogged.discard(self)
-        self.wire.loop.remove_writer(self._fd)
-
-    def _check_limit(self) -> None:
-        if self._backlog is not None and self._backlog.left > self.wire.queue_max_size:
-            self._too_slow()
-
-    def _writable(self) -> None:
-        """The socket takes bytes again."""
-        backlog = self._backlog
-        if backlog is None:
-            return
-        try:
-            with memoryview(backlog.data) as view, view[backlog.sent : backlog.sent + WRITE_BYTES] as part:
-                sent = self._write(part)
-        except OSError:
-            self._lose()
-            return
-        if not sent:
-            return
-        backlog.advance(sent, self.wire.loop.time())
-        if backlog.left <= LOW_WATER_BYTES:
-            backlog.wake(None)
-        if backlog.left:
-            return
-        self._end_backlog()
-        if self._state is not State.OPEN:
-            self._goodbye_said()
-        elif self._plain and self._pending is None:
-            self._direct = self._fd
-
     # --- ending ---
-    def _too_slow(self) -> None:
-        """Give up on a client that does not read: drop what waits, tell the session in the next turn.
-
-        What is left of a frame that is partly out stays, so that the Close behind it can
-        be read.
-        """
-        if self._state is not State.OPEN or self._backlog is None:
-            return
-        self._state = State.SLOW
-        self._pending = None
-        self._backlog.cut(self._held_bytes())
-        self._backlog.wake(errors.SLOW)
-        self.wire.loop.call_soon(self._tell_slow)
-
-    def _tell_slow(self) -> None:
-        if self._state is not State.SLOW:
-            return
-        if self._session is not None:
-            self._session.slow()
-        self.close(errors.SLOW)
-
-    def _lose_soon(self) -> None:
-        """The socket failed while the caller could not be called back."""
-        if self._state is State.CLOSED:
-            return
-        self._state = State.LOST
-        self._direct = -1
-        self._pending = None
-        self.wire.loop.call_soon(self._lose)
-
-    def _lose(self) -> None:
-        """The socket has ended."""
-        self._shut()
-        self._tell_gone()
-
-    def _tell_gone(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.gone()
-
-    def _say_goodbye(self, state: State, code: int | None, reason: str = "") -> None:
-        """Send our Close behind what is waiting, and go on in ``state``.
-
-        A slow client gets no more time for what it is owed than for the Close itself.
-        """
-        slow = self._state is State.SLOW
-        self._state = state
-        self._direct = -1
-        allowed_s = CLOSE_TIMEOUT_S if slow else max(CLOSE_TIMEOUT_S, self.wire.stall_timeout_s)
-        self.wire.closing[self] = self.wire.loop.time() + allowed_s
-        try:
-            self._push(self._joined(close_frame(code, reason)))
-        except OSError:
-            self._lose_soon()
-            return
-        if self._backlog is None:
-            self._goodbye_said()
-        else:
-            self._backlog.wake(errors.CONNECTION_CLOSED)
-        self.resume_reading()
+    def _goodbye(self, disconnect: errors.Disconnect) -> bytes:
+        """A Close frame; before it a push that says the same, where pushes are all there is (PROTOCOL 2.6)."""
+        close = close_frame(disconnect.code, disconnect.reason)
+        return self.wire.frame(self.wire.codec.disconnect(disconnect)) + close if self.wire.codec.one_way else close
 
     def _goodbye_said(self) -> None:
         """Our Close is out: close the socket if the peer's is in, else wait for it, but not forever."""
         if self._state is State.ANSWERED:
             self._end_writing()
             self._shut()
-        elif self._state in (State.CLOSING, State.BROKEN):
+        elif self._state is State.CLOSING:
             self.wire.closing[self] = self.wire.loop.time() + CLOSE_TIMEOUT_S
-            if self._state is State.BROKEN:
-                self._end_writing()
-                with suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_WR)
+        elif self._state is State.BROKEN:
+            self._half_close()
 
-    def _end_writing(self) -> None:
-        """Say that nothing follows, below the frames."""
-
-    def _abort(self) -> None:
-        """Time is up.  What the peer did not take is forgotten, by the kernel too."""
-        if self._backlog is not None:
-            with suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._shut()
+    def _read_on(self) -> None:
+        self.resume_reading()
 
     def _shut(self) -> None:
-        """Close the socket; the second call does nothing."""
-        if self._state is State.CLOSED:
-            return
-        self._state = State.CLOSED
-        self._direct = -1
-        self._pending = None
         self._reading = Reading.OFF
-        self.wire.loop.remove_reader(self._fd)
-        self.wire.closing.pop(self, None)
-        if self._backlog is not None:
-            self._backlog.wake(errors.CONNECTION_CLOSED)
-            self._end_backlog()
-        self._sock.close()
+        super()._shut()
 
 
-class TlsOutbox(SocketOutbox):
-    """A connection through TLS: the same, but bytes go through OpenSSL, record by record.
+class TlsOutbox(Tls, SocketOutbox):
+    """A WebSocket through TLS."""
 
-    OpenSSL may hold a record that the socket has half taken; the same bytes must
-    then be offered again, though they do not count as sent.
-    """
-
-    __slots__ = ("_held",)
-
-    _plain = False
-    _sock: ssl.SSLSocket
-
-    def __init__(self, sock: ssl.SSLSocket, wire: SocketWire, parser: Parser) -> None:
-        super().__init__(sock, wire, parser)
-        self._held = 0
-
-    def _read(self) -> bytes | None:
-        try:
-            return self._sock.recv(READ_BYTES)
-        except ssl.SSLWantReadError:
-            return None
-        except ssl.SSLWantWriteError:
-            # The peer asked for new keys, and the answer finds the socket full.
-            self.wire.loop.add_writer(self._fd, self._writable)
-            return None
+    __slots__ = ()
 
     def _resumed(self) -> None:
         super()._resumed()
@@ -735,33 +345,6 @@ class TlsOutbox(SocketOutbox):
         # whole and leave nothing; the last one before the takeover was Tornado's.
         if self._reading is Reading.ON:
             self._readable()
-
-    def _write(self, data: bytes | memoryview) -> int:
-        sent = 0
-        self._held = 0
-        with memoryview(data) as view:
-            while sent < len(view):
-                with view[sent : sent + TLS_RECORD_BYTES] as record:
-                    try:
-                        sent += self._sock.send(record)
-                    except ssl.SSLWantWriteError:
-                        self._held = len(record)
-                        break
-        return sent
-
-    def _held_bytes(self) -> int:
-        return self._held
-
-    def _writable(self) -> None:
-        if self._backlog is None:
-            self.wire.loop.remove_writer(self._fd)
-            self._readable()
-        else:
-            super()._writable()
-
-    def _end_writing(self) -> None:
-        with suppress(OSError, ValueError):
-            self._sock.unwrap()
 
 
 # --- the way in ---------------------------------------------------------------
@@ -771,7 +354,7 @@ class Sockets:
     ``connect`` makes their sessions.  ``queue_max_size`` and
     ``message_size_limit`` are bytes, ``outbox_stall_timeout_s`` seconds
     (PROTOCOL 18).  ``user_id_http_header`` is a header's name that sessions want
-    to see, "" for none.  ``refusal`` names the setting that keeps the next client
+    to see, "" for none, and ``proxied_headers`` are others.  ``refusal`` names the setting that keeps the next client
     out, or gives ``None``.  Must be made on the running loop.
     """
 
@@ -784,76 +367,83 @@ class Sockets:
         queue_max_size: int = 1_048_576,
         outbox_stall_timeout_s: float = 10.0,
         user_id_http_header: str = "",
+        proxied_headers: Iterable[str] = (),
         trusted_proxies: Sequence[Network] = (),
         refusal: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.allowed_origins = tuple(allowed_origins)
         self.trusted_proxies = tuple(trusted_proxies)
-        self.wanted_headers = tuple(name.lower() for name in ("user-agent", user_id_http_header) if name)
+        wanted = ("user-agent", user_id_http_header, *proxied_headers)
+        self.wanted_headers = tuple(dict.fromkeys(name.lower() for name in wanted if name))
         self.refusal = refusal
         self._connect = connect
+        self.queue_max_size = queue_max_size
+        self.outbox_stall_timeout_s = outbox_stall_timeout_s
         self._message_size_limit = message_size_limit
         self._wires = {
-            format: SocketWire(format, queue_max_size=queue_max_size, stall_timeout_s=outbox_stall_timeout_s)
+            format: SocketWire(CODECS[format], queue_max_size=queue_max_size, stall_timeout_s=outbox_stall_timeout_s)
             for format in SUBPROTOCOLS.values()
         }
+        self._watched: list[BareWire] = list(self._wires.values())
+
+    def wanted(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """The headers of a request that its session wants to see, by lower-case name."""
+        return {name: headers[name] for name in self.wanted_headers if name in headers}
+
+    def watch(self, *wires: BareWire) -> None:
+        """Look after the connections of other transports as well."""
+        self._watched += wires
 
     @property
     def closing(self) -> int:
         """How many connections have not finished their goodbye."""
-        return sum(len(wire.closing) for wire in self._wires.values())
+        return sum(len(wire.closing) for wire in self._watched)
 
     def check_stalled(self, now: float) -> None:
-        """See ``SocketWire.check_stalled``."""
-        for wire in self._wires.values():
+        """See ``BareWire.check_stalled``."""
+        for wire in self._watched:
             wire.check_stalled(now)
 
     def adopt(self, sock: socket.socket, data: bytes, request: Request) -> None:
         """Make a session for a socket whose handshake is done, and of which ``data`` was read already."""
-        parser = Parser(self._message_size_limit)
+        outbox = self.outbox(sock, data, self._wires[request.format], self._message_size_limit)
+        session = self.session(outbox, request)
+        if session is not None:
+            outbox.start(session)
+
+    def outbox(self, sock: socket.socket, data: bytes, wire: SocketWire, message_size_limit: int) -> SocketOutbox:
+        """The outbox of such a socket."""
+        parser = Parser(message_size_limit)
         if data:
             parser.feed(data)
-        wire = self._wires[request.format]
-        outbox = TlsOutbox(sock, wire, parser) if isinstance(sock, ssl.SSLSocket) else SocketOutbox(sock, wire, parser)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             with suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return TlsOutbox(sock, wire, parser) if isinstance(sock, ssl.SSLSocket) else SocketOutbox(sock, wire, parser)
+
+    def session(self, outbox: Outbox, request: Request) -> Session | None:
+        """A session behind an outbox, which is closed if that is beyond us."""
         try:
-            session = self._connect(outbox, request)
+            return self._connect(outbox, request)
         except Exception as fault:
             event("task.failed", task="session", fault=fault)
             outbox.close(errors.SERVER_ERROR)
-        else:
-            outbox.start(session)
+            return None
 
 
-def take_socket(stream: IOStream) -> tuple[socket.socket, bytes] | None:
-    """Part a socket from Tornado's stream, with what that has read already; ``None`` if it is gone.
+class HandshakeHandler(JsonHandler):
+    """Answers opening handshakes, and is forgotten (PROTOCOL 2.2, 2.3; RFC 6455 4.2)."""
 
-    The stream must be forgotten afterwards: it still believes that it owns the socket.
-    """
-    sock = stream.socket
-    reading = cast("asyncio.Future[bytes]", stream.read_bytes(TAKEOVER_BYTES, partial=True))
-    if not reading.done():
-        stream.io_loop.remove_handler(sock)
-        return sock, b""
-    try:
-        data = reading.result()
-    except StreamClosedError:
-        return None
-    stream.io_loop.remove_handler(sock)
-    return sock, data
+    sockets: Sockets
 
+    @property
+    def address(self) -> str:
+        """Where the request comes from."""
+        forwarded_for = self.request.headers.get("X-Forwarded-For", "")
+        return client_address(self.request.remote_ip or "", forwarded_for, self.sockets.trusted_proxies)
 
-class SocketHandler(JsonHandler):
-    """Answers the opening handshake, and is forgotten (PROTOCOL 2.2, 2.3; RFC 6455 4.2)."""
-
-    def initialize(self, sockets: Sockets) -> None:
-        """Tornado hands over what the URL table gave."""
-        self.sockets = sockets
-
-    async def get(self) -> None:
-        """Shake hands and adopt the socket, or answer 400, 403, 426 or 503 with the reason."""
+    def turned_away(self) -> bool:
+        """Answer who may not have a WebSocket: 400, 403, 426 or 503 with the reason; the others the door counts."""
         headers = self.request.headers
         fault = handshake_fault(
             self.request.version,
@@ -862,52 +452,69 @@ class SocketHandler(JsonHandler):
             headers.get("Sec-WebSocket-Key", ""),
         )
         if fault is not None:
-            self._refuse(400, fault)
-            return
+            self.refuse(400, fault)
+            return True
         if headers.get("Sec-WebSocket-Version") != "13":
             self.set_header("Sec-WebSocket-Version", "13")  # RFC 6455 4.4
-            self._refuse(426, "expected Sec-WebSocket-Version 13")
-            return
-        address = client_address(
-            self.request.remote_ip or "", headers.get("X-Forwarded-For", ""), self.sockets.trusted_proxies
-        )
+            self.refuse(426, "expected Sec-WebSocket-Version 13")
+            return True
         origin = headers.get("Origin")
         if not origin_allowed(origin, self.sockets.allowed_origins):
-            event("connection.refused", why="client.allowed_origins", origin=origin, address=address)
-            self._refuse(403, "this origin may not connect")
-            return
+            event("connection.refused", why="client.allowed_origins", origin=origin, address=self.address)
+            self.refuse(403, "this origin may not connect")
+            return True
         refusal = self.sockets.refusal()
         if refusal is not None:
-            event("connection.refused", why=refusal, origin=origin, address=address)
-            self._refuse(503, "too many connections, try again later")
+            event("connection.refused", why=refusal, origin=origin, address=self.address)
+            self.refuse(503, "too many connections, try again later")
+            return True
+        return False
+
+    async def shake_hands(self) -> tuple[socket.socket, bytes] | None:
+        """Answer 101 and take the socket from Tornado; ``None`` if the client is gone."""
+        key = self.request.headers["Sec-WebSocket-Key"]
+        self.set_status(101)
+        self.clear_header("Content-Type")
+        self.set_header("Upgrade", "websocket")
+        self.set_header("Connection", "Upgrade")
+        self.set_header("Sec-WebSocket-Accept", WebSocketProtocol13.compute_accept_value(key))
+        try:
+            await self.flush()
+        except StreamClosedError:
+            return None
+        self.ui.clear()  # refers to us; without it the request would live until the next collection of cycles
+        return take_socket(self.detach())
+
+    def refuse(self, status: int, why: str) -> None:
+        """Answer with an error, and with the reason for whoever wrote the client."""
+        self.answer({"error": {"code": status, "message": why}}, status)
+
+
+class SocketHandler(HandshakeHandler):
+    """``/connection/websocket``; PROTOCOL 2.3."""
+
+    def initialize(self, sockets: Sockets) -> None:
+        """Tornado hands over what the URL table gave."""
+        self.sockets = sockets
+
+    async def get(self) -> None:
+        """Shake hands and adopt the socket, or answer 400, 403, 426 or 503 with the reason."""
+        if self.turned_away():
             return
         format, subprotocol = negotiate(
-            headers.get("Sec-WebSocket-Protocol", ""),
+            self.request.headers.get("Sec-WebSocket-Protocol", ""),
             self.get_query_argument("format", ""),
             self.get_query_argument("cf_protocol", ""),
         )
         request = Request(
             transport="websocket",
             format=format,
-            remote_addr=address,
-            headers={name: headers[name] for name in self.sockets.wanted_headers if name in headers},
+            remote_addr=self.address,
+            headers=self.sockets.wanted(self.request.headers),
             native_pings=self.get_query_argument("cf_ws_frame_ping_pong", "") == "true",
         )
-        self.set_status(101)
-        self.clear_header("Content-Type")
-        self.set_header("Upgrade", "websocket")
-        self.set_header("Connection", "Upgrade")
-        self.set_header("Sec-WebSocket-Accept", WebSocketProtocol13.compute_accept_value(headers["Sec-WebSocket-Key"]))
         if subprotocol is not None:
             self.set_header("Sec-WebSocket-Protocol", subprotocol)
-        try:
-            await self.flush()
-        except StreamClosedError:
-            return
-        self.ui.clear()  # refers to us; without it the request would live until the next collection of cycles
-        taken = take_socket(self.detach())
+        taken = await self.shake_hands()
         if taken is not None:
             self.sockets.adopt(*taken, request)
-
-    def _refuse(self, status: int, why: str) -> None:
-        self.answer({"error": {"code": status, "message": why}}, status)

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from server import broker as wires
+from server import orders
 from server.channels import Namespace, check_payload
 from server.errors import BAD_REQUEST, FORCE_DISCONNECT, NOT_AVAILABLE, UNRECOVERABLE_POSITION, Refused
 from server.history import Draft
@@ -35,7 +35,7 @@ from server.hooks import AppError as AppError
 from server.hooks import Change as Change
 from server.hooks import Client as Client
 from server.hooks import Disconnect as Disconnect
-from server.hooks import Hooks, decoded, encoded, ending
+from server.hooks import Hooks, decoded, encoded, end_all, ending
 from server.hooks import Refuse as Refuse
 from server.hooks import Welcome as Welcome
 from server.node import Node
@@ -152,13 +152,13 @@ class Server:
     ) -> None:
         """Subscribe the connections of ``user`` (or only ``client`` of them) server-side, in all processes."""
         self._known(channel)
-        target = wires.Target(user, client)
-        self.node.order(wires.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
+        target = orders.Target(user, client)
+        self.node.order_soon(orders.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
 
     def unsubscribe(self, channel: str, *, user: str, client: str = "") -> None:
         """End the subscriptions of ``user`` to ``channel`` with 2000."""
         self._known(channel)
-        self.node.order(wires.UnsubscribeOrder(wires.Target(user, client), channel))
+        self.node.order_soon(orders.UnsubscribeOrder(orders.Target(user, client), channel))
 
     def disconnect(
         self,
@@ -171,7 +171,7 @@ class Server:
     ) -> None:
         """End the connections of ``user`` but the ``spared`` client ids; raises as ``Disconnect`` does."""
         end = ending(code, reason)
-        self.node.order(wires.DisconnectOrder(wires.Target(user, client, spared), end.code, end.reason))
+        self.node.order_soon(orders.DisconnectOrder(orders.Target(user, client, spared), end.code, end.reason))
 
     # --- time and tasks ---------------------------------------------------------------
     def clock(self) -> float:
@@ -183,7 +183,10 @@ class Server:
         await self._sleep(seconds)
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str = "app task") -> asyncio.Task[Any]:
-        """Run ``work`` beside everything; cancelled when the app stops, and logged when it raises."""
+        """Run ``work`` beside everything; cancelled when the app stops, and logged when it raises.
+
+        A hook that spawns and does not wait is done first: what it lets pass comes before what ``work`` publishes.
+        """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -193,13 +196,6 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             event("task.failed", task=task.get_name(), fault=fault)
-
-    async def _cancel_tasks(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
 
 
 def _member(info: ClientInfo) -> Member:
@@ -232,33 +228,34 @@ class App(Hooks):
             return
         try:
             await hook.function()
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             raise AppError(hook.fault(_raised(fault))) from fault
 
     async def stop(self) -> None:
         """All clients are gone: let the last hooks end, await ``stopping``, cancel what it spawned.
 
-        Everything but the wait for ``stopping`` itself has an end: it may take
-        ``shutdown.timeout``, and what it raises is logged.
+        Everything has an end: the last hooks may take ``shutdown.timeout``, and
+        ``stopping`` as long again; what it raises is logged.
         """
-        node = self.server.node
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=node.settings.shutdown.timeout)
-        await self.server._cancel_tasks()
+        shutdown_s = self.server.node.settings.shutdown.timeout
+        await self.finish(shutdown_s)
+        await end_all(self.server._tasks, self.server._finished)
+        self.server._tasks.clear()
         hook = self.find("stopping")
         if hook is not None:
             try:
-                async with asyncio.timeout(node.settings.shutdown.timeout):
+                async with asyncio.timeout(shutdown_s):
                     await hook.function()
             except Exception as fault:
                 event("hook.failed", client="", hook=hook.name, function=hook.called, at=hook.where, fault=fault)
 
 
 def _raised(fault: BaseException) -> str:
-    """What was raised and where: the innermost line that is not Python's own import machinery."""
+    """What was raised and where: the innermost line that is neither ours nor Python's own import machinery."""
     if isinstance(fault, SyntaxError) and fault.filename:
         return f"{fault.filename}:{fault.lineno}: {type(fault).__name__}: {fault.msg}"
-    frames = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith("<")]
+    ours = ("<", str(Path(__file__).parent), str(importlib.__file__))
+    frames = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith(ours)]
     at = f"{frames[-1].filename}:{frames[-1].lineno}: in {frames[-1].name}: " if frames else ""
     return f"{at}{type(fault).__name__}: {fault}"
 
@@ -304,6 +301,8 @@ def _import(place: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     # A file called as a module that is in use already must not take that one's place.
     name = path.stem if path.stem not in sys.modules else f"app_{path.stem}"
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -107,14 +107,16 @@ class Override(msgspec.Struct, frozen=True):
 
 
 class SubscribeOptions(msgspec.Struct, frozen=True):
-    """What a connection token says of one server-side subscription (PROTOCOL 8.1, ``subs``).
+    """What a connection token, or a hook, says of one subscription (PROTOCOL 8.1, ``subs``).
 
     ``info`` becomes ``chan_info``, ``data`` goes into the subscribe result; payload bytes, ``None`` for none.
+    ``expire_at`` is Unix seconds, 0 for never; no token says it here.
     """
 
     info: bytes | None
     data: bytes | None
     override: Override = Override()
+    expire_at: int = 0
 
 
 class ConnectClaims(msgspec.Struct, frozen=True):

@@ -71,6 +71,8 @@ class Channels:
         self._without = self._namespace("", settings.without_namespace)
         self._namespaces = {ns.name: self._namespace(ns.name, ns) for ns in settings.namespaces}
         self._cached = lru_cache(maxsize=8192)(self._find)
+        self.decided_elsewhere: frozenset[tuple[str, str | None]] = frozenset()
+        """Where a hook decides and not the options: kind of hook, and namespace (PROTOCOL 16)."""
 
     def _namespace(self, name: str, options: ChannelOptions) -> Namespace:
         retention = None
@@ -141,7 +143,10 @@ class Channels:
         return channel.rpartition(boundary)[2].split(self._settings.user_separator)
 
     def may_subscribe(self, identity: Identity, channel: str, namespace: Namespace) -> None:
-        """Allow a subscription without a token, or raise ``Refused`` (PROTOCOL 10.2, steps 5, 7, 9, 10)."""
+        """Allow a subscription without a token, or raise ``Refused`` (PROTOCOL 10.2, steps 5, 7 to 10).
+
+        Where a proxy decides, it must be asked next.
+        """
         options = namespace.options
         if self.private(channel):
             raise Refused(PERMISSION_DENIED, f"{channel[:64]!r} is private and came without a subscription token")
@@ -149,16 +154,21 @@ class Channels:
         if users is not None:
             if identity.user and identity.user in users:
                 return
-        elif options.allow_subscribe_for_client and (identity.user or options.allow_subscribe_for_anonymous):
+        elif self._decided_elsewhere("subscribing", namespace) or (
+            options.allow_subscribe_for_client and (identity.user or options.allow_subscribe_for_anonymous)
+        ):
             return
         if identity.insecure:
             return
         raise Refused(PERMISSION_DENIED, _look_at("allow_subscribe_for_client", namespace, identity))
 
+    def _decided_elsewhere(self, kind: str, namespace: Namespace) -> bool:
+        return (kind, namespace.name) in self.decided_elsewhere
+
     def may(self, deed: Deed, identity: Identity, namespace: Namespace, *, subscribed: bool) -> bool:
         """May this identity publish, read history or read presence (PROTOCOL 10.4)?"""
         options = namespace.options
-        if identity.insecure:
+        if identity.insecure or (deed == "publish" and self._decided_elsewhere("publishing", namespace)):
             return True
         if not identity.user and not getattr(options, f"allow_{deed}_for_anonymous"):
             return False

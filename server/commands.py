@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from server import __version__, protocol
-from server import broker as wires
+from server import __version__, orders, protocol
 from server.auth import SubscribeOptions, TokenExpired, TokenInvalid
 from server.channels import Identity, Namespace, check_payload
 from server.errors import (
@@ -42,7 +41,8 @@ from server.hub import Subscription, express
 from server.node import Node
 from server.observe import event
 from server.protocol import Command
-from server.session import Carrying, Session, Skills, json_info, ttl_s
+from server.renewing import renew
+from server.session import Carrying, Entrant, Session, Skills, json_info, ttl_s
 from server.stream import PAGE_BYTES, ClientInfo, Position, Publication
 from server.subscribing import (
     ask_subscribing,
@@ -69,10 +69,10 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     request = command.connect
     assert request is not None
     settings = session.node.settings.client
-    conn_info, wanted = await _identify(session, request)
+    conn_info, wanted = await identify(session, request)
     data = None
     if session.node.hooks is not None:
-        conn_info, data = await _ask_connecting(session, session.node.hooks, request, conn_info, wanted)
+        conn_info, data = await ask_connecting(session, session.node.hooks, request, conn_info, wanted)
     if session.closed:
         return
     session.info = ClientInfo(session.user, session.client, conn_info)
@@ -137,16 +137,19 @@ def _welcome(
     """Reply to connect and let everything begin, in one loop turn."""
     settings = session.node.settings.client
     now = session.node.clock()
-    native = session.request.native_pings
+    one_way = session.outbox.wire.codec.one_way
+    pings = one_way or not session.request.native_pings
     result = protocol.ConnectResult(
         client=session.client,
         version=f"waterspout {__version__}",
-        expires=bool(session.expire_at),
-        ttl=ttl_s(session.expire_at, now),
+        expires=bool(session.expire_at) and not session.renewed_here(),
+        ttl=0 if session.renewed_here() else ttl_s(session.expire_at, now),
         data=protocol.payload(data),
         subs={subscription.channel: result for subscription, result, _ in joined if not subscription.closed},
-        ping=0 if native else int(settings.ping_interval),
-        pong=not native and settings.ping_interval > 0,
+        ping=int(settings.ping_interval) if pings else 0,
+        pong=pings and not one_way and settings.ping_interval > 0,
+        session=session.secret,
+        node=session.node.id if session.secret and not one_way else "",
         time=int(now * 1000) if settings.connect_include_server_time else 0,
     )
     room = PAGE_BYTES  # for what all of them recovered together; the rest follows at the pace of the socket
@@ -160,15 +163,19 @@ def _welcome(
     session.accept(now)
 
 
-async def _identify(
-    session: Session, request: protocol.ConnectRequest
+async def identify(
+    entrant: Entrant, request: protocol.ConnectRequest
 ) -> tuple[bytes | None, dict[str, SubscribeOptions]]:
-    """Find out who the client is; returns its info and the channels it gets; PROTOCOL 4.1, 8.5."""
-    settings = session.node.settings.client
+    """Find out who it is; returns its info and the channels that it gets; PROTOCOL 4.1, 8.5.
+
+    Raises ``Refused`` and ``Disconnected`` as ``connect`` is answered (PROTOCOL 4.1.2), ``Unavailable`` if a key
+    cannot be fetched.
+    """
+    settings = entrant.node.settings.client
     if request.token:
         try:
-            claims = await session.gate.keys.verified(
-                lambda: session.gate.connection.connection(request.token, session.node.clock())
+            claims = await entrant.gate.keys.verified(
+                lambda: entrant.gate.connection.connection(request.token, entrant.node.clock())
             )
         except TokenExpired:
             raise Refused(TOKEN_EXPIRED) from None
@@ -177,46 +184,61 @@ async def _identify(
         if not claims.user and settings.disallow_anonymous_connection_tokens:
             raise Disconnected(FORBIDDEN, "a token without user; client.disallow_anonymous_connection_tokens is set")
         if not settings.insecure and claims.expire_at:
-            if claims.expire_at <= session.node.clock():
+            if claims.expire_at <= entrant.node.clock():
                 raise Refused(EXPIRED, "the token's expire_at is past")
-            session.expire_at = claims.expire_at
-        _name(session, claims.user)
-        session.granted = frozenset(claims.subs)
+            entrant.expire_at = claims.expire_at
+        _name(entrant, claims.user)
+        if entrant.handle is not None:
+            entrant.handle.meta = claims.meta
+        entrant.granted = frozenset(claims.subs)
         return json_info(claims.info), dict(claims.subs)
     header = settings.user_id_http_header.lower()
-    user = session.request.headers.get(header, "") if header else ""
-    _name(session, user)
-    if session.node.hooks is None or session.node.hooks.find("connecting") is None:
-        _require_name(session)
+    user = entrant.request.headers.get(header, "") if header else ""
+    _name(entrant, user)
+    if entrant.node.hooks is None or entrant.node.hooks.find("connecting") is None:
+        _require_name(entrant)
     return None, {}
 
 
-def _require_name(session: Session) -> None:
+def _require_name(entrant: Entrant) -> None:
     """Nobody named this client: may it be here as the anonymous user?  PROTOCOL 8.5."""
-    settings = session.node.settings.client
-    if not session.user and not settings.insecure and not settings.allow_anonymous_connect_without_token:
+    settings = entrant.node.settings.client
+    if not entrant.user and not settings.insecure and not settings.allow_anonymous_connect_without_token:
         raise Disconnected(MALFORMED, "connect without token; client.allow_anonymous_connect_without_token is not set")
 
 
-async def _ask_connecting(
-    session: Session,
+async def ask_connecting(
+    entrant: Entrant,
     hooks: Hooks,
     request: protocol.ConnectRequest,
     conn_info: bytes | None,
     wanted: dict[str, SubscribeOptions],
 ) -> tuple[bytes | None, bytes | None]:
-    """Ask the user's module who this is; adds to ``wanted``, returns the client's info and the reply's data."""
-    hook, client = hooks.find("connecting"), session.handle
-    if hook is None or client is None:
+    """Ask the hook who this is; adds to ``wanted``, returns the client's info and the reply's data.
+
+    One that decides is not asked where a token has decided.  Raises as ``identify``, and what the hook refuses with.
+    """
+    hook, client = hooks.find("connecting"), entrant.handle
+    if hooks.elsewhere is not None and client is not None:
+        client.emulated = hooks.elsewhere.emulated(request.headers)
+    if hook is None or client is None or (hook.decides and request.token):
         return conn_info, None
-    session.info = ClientInfo(session.user, session.client, conn_info)
-    welcome = await hooks.ask(hook, client, data=protocol.given(request.data)) or Welcome()
-    if welcome.user is not None and welcome.user != session.user:
+    entrant.info = ClientInfo(entrant.user, entrant.client, conn_info)
+    client.introduction = request
+    try:
+        welcome = await hooks.ask(hook, client, data=protocol.given(request.data)) or Welcome()
+    finally:
+        client.introduction = None
+    if welcome.user is not None and welcome.user != entrant.user:
         if request.token:
             raise hooks.nonsense(hook, client, "expected no user, since a token has named one, got another")
-        _name(session, welcome.user)
-    if not request.token:
-        _require_name(session)
+        _name(entrant, welcome.user)
+    if not request.token and not (hook.decides and welcome.user is not None):
+        _require_name(entrant)
+    if welcome.expire_at and not entrant.node.settings.client.insecure:
+        if welcome.expire_at <= entrant.node.clock():
+            raise Refused(EXPIRED, f"expire_at of {hook.called} is past")
+        entrant.expire_at = welcome.expire_at
     if welcome.conn_info is not msgspec.UNSET:
         conn_info = hooks.bytes_of(hook, client, welcome.conn_info)
         client.dressed = True
@@ -226,13 +248,15 @@ async def _ask_connecting(
             hooks.check_channel(channel)
         except Refused as refused:
             raise hooks.nonsense(hook, client, f"channel {channel!r}: {refused.why}") from None
-        wanted[channel] = options_of(hooks, hook, client, allow)
+        wanted[channel] = options = options_of(hooks, hook, client, allow)
+        if options.expire_at and options.expire_at <= entrant.node.clock():
+            raise Refused(EXPIRED, f"expire_at of {hook.called} for {channel!r} is past")
     return conn_info, hooks.bytes_of(hook, client, welcome.data)
 
 
-def _name(session: Session, user: str) -> None:
-    session.user = user
-    session.identity = Identity(user, session.node.settings.client.insecure)
+def _name(entrant: Entrant, user: str) -> None:
+    entrant.user = user
+    entrant.identity = Identity(user, entrant.node.settings.client.insecure)
 
 
 def _wish(session: Session, channel: str) -> Namespace | None:
@@ -258,8 +282,8 @@ def _replace_others(session: Session, personal_namespace: str) -> None:
     name = session.node.channels.personal(session.user, personal_namespace)
     namespace = session.node.channels.namespace(name)
     if namespace is not None and namespace.options.presence:
-        target = wires.Target(session.user, spared=(session.client,))
-        session.node.order(wires.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
+        target = orders.Target(session.user, spared=(session.client,))
+        session.node.order_soon(orders.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
 
 
 def unsubscribe(session: Session, command: Command) -> Carrying:
@@ -276,7 +300,7 @@ def unsubscribe(session: Session, command: Command) -> Carrying:
 
 
 async def _unsubscribe_patiently(session: Session, command: Command, subscription: Subscription) -> None:
-    await asyncio.shield(session.node.exit(subscription))
+    await asyncio.shield(session.node.members.exit(subscription))
     session.reply(command, "unsubscribe")
 
 
@@ -313,32 +337,34 @@ def _draft(session: Session, channel: str, data: bytes | None, key: str = "") ->
 async def _publish_by_leave(
     session: Session, command: Command, channel: str, namespace: Namespace, draft: Draft, hook: Hook
 ) -> None:
-    draft = await _ask_publishing(session, channel, namespace, draft, hook)
+    draft = await ask_publishing(session, channel, namespace, draft, hook)
     if not session.closed:
         await _publish_patiently(session, command, channel, namespace, draft)
 
 
-async def _ask_publishing(session: Session, channel: str, namespace: Namespace, draft: Draft, hook: Hook) -> Draft:
-    """What the user's module makes of a publication that the configuration allows; raises what it refuses with."""
-    hooks, client = session.node.hooks, session.handle
+async def ask_publishing(entrant: Entrant, channel: str, namespace: Namespace, draft: Draft, hook: Hook) -> Draft:
+    """What the hook makes of a publication that the configuration allows; raises what it refuses with; PROTOCOL 4.4."""
+    hooks, client = entrant.node.hooks, entrant.handle
     assert hooks is not None
     assert client is not None
     change = await hooks.ask(hook, client, channel, data=draft.data)
     # The client may have lost its subscription, and with it the permission, while the hook thought about it.
-    session.node.channels.require("publish", session.identity, namespace, subscribed=channel in session.subscriptions)
+    entrant.node.channels.require("publish", entrant.identity, namespace, subscribed=channel in entrant.subscriptions)
     if change is None:
         return draft
     data, tags = draft.data, draft.tags if change.tags is None else change.tags
     if change.data is not msgspec.UNSET:
         raw = namespace.binary and isinstance(change.data, bytes)
         try:
-            data = check_payload(change.data if raw else hooks.bytes_of(hook, client, change.data), namespace)
-            session.node.check_size(Publication(data, tags=tags))
+            data = check_payload(bytes(change.data) if raw else hooks.bytes_of(hook, client, change.data), namespace)
+            entrant.node.check_size(Publication(data, tags=tags))
         except Refused as refused:
             if refused.refusal is INTERNAL:
                 raise
             raise hooks.nonsense(hook, client, refused.why) from None
-    return msgspec.structs.replace(draft, data=data, tags=tags)
+        data = data if namespace.binary else protocol.one_line(data)
+    key = change.key or draft.key
+    return msgspec.structs.replace(draft, data=data, tags=tags, key=key, skip_history=change.skip_history)
 
 
 async def _publish_patiently(
@@ -388,12 +414,8 @@ async def presence(session: Session, command: Command) -> None:
     """PROTOCOL 4.5."""
     assert command.presence is not None
     channel = _presence_channel(session, command.presence)
-    members = await session.node.presence.members(channel, session.node.clock())
-    most = session.node.settings.client.queue_max_size // 2
-    if sum(len(info.conn_info or b"") + len(info.chan_info or b"") + 160 for info in members.values()) > most:
-        raise Refused(LIMIT_EXCEEDED, f"presence is larger than half of client.queue_max_size ({most} bytes)")
+    result = await presence_of(session.node, channel)
     await session.make_room()
-    result = protocol.PresenceResult({client: protocol.client_info(info) for client, info in members.items()})
     session.reply(command, "presence", result)
 
 
@@ -451,7 +473,7 @@ async def _rpc_publish(session: Session, command: Command, data: bytes | None) -
         raise Refused(BAD_REQUEST, "rpc publish without channel")
     namespace, draft = _draft(session, request.channel, protocol.given(request.data), request.idempotency_key)
     if session.node.hooks is not None and (hook := session.node.hooks.find("publishing", namespace.name)) is not None:
-        draft = await _ask_publishing(session, request.channel, namespace, draft, hook)
+        draft = await ask_publishing(session, request.channel, namespace, draft, hook)
         if session.closed:
             return
     appended = await session.node.publish(request.channel, namespace, draft, _patience_s(session))
@@ -477,6 +499,8 @@ async def refresh(session: Session, command: Command) -> None:
     assert request is not None
     if not request.token:
         raise Disconnected(MALFORMED, "refresh without token")
+    if session.renewed_here():
+        raise Disconnected(MALFORMED, "refresh by a client, and client.proxy.refresh.enabled is set")
     try:
         claims = await session.gate.keys.verified(
             lambda: session.gate.connection.connection(request.token, session.node.clock())
@@ -525,11 +549,25 @@ async def sub_refresh(session: Session, command: Command) -> None:
     subscription = session.subscriptions.get(claims.channel)
     if subscription is None:
         raise Refused(PERMISSION_DENIED, "sub_refresh of a channel that is not subscribed")
+    if session.renewed_here(subscription):
+        raise Disconnected(MALFORMED, "sub_refresh by a client, and sub_refresh_proxy_enabled is set in its namespace")
     if claims.expire_at and claims.expire_at <= now:
         raise Refused(EXPIRED, "the subscription token's expire_at is past")
     subscription.expire_at = claims.expire_at
     session.plan()
     session.reply(command, "sub_refresh", protocol.RefreshResult(bool(claims.expire_at), ttl_s(claims.expire_at, now)))
+
+
+async def presence_of(node: Node, channel: str) -> protocol.PresenceResult:
+    """Answer a client who asks for presence; PROTOCOL 4.5.
+
+    Raises ``Refused(LIMIT_EXCEEDED)`` if that would be too large, before anything is encoded.
+    """
+    members = await node.presence.members(channel, node.clock())
+    most = node.settings.client.queue_max_size // 2
+    if sum(len(info.conn_info or b"") + len(info.chan_info or b"") + 160 for info in members.values()) > most:
+        raise Refused(LIMIT_EXCEEDED, f"presence is larger than half of client.queue_max_size ({most} bytes)")
+    return protocol.PresenceResult({client: protocol.client_info(info) for client, info in members.items()})
 
 
 async def history_page(
@@ -593,4 +631,4 @@ METHODS: dict[str, Callable[[Session, Command], Carrying]] = {
     "sub_refresh": sub_refresh,
 }
 
-SKILLS = Skills(METHODS, subscribe_by_order)
+SKILLS = Skills(METHODS, subscribe_by_order, renew)

@@ -38,7 +38,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import combinations, takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -58,7 +58,17 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as SourceError
 
-from server.settings import TRY_OUT, ChannelOptions, Kind, Section, Settings, TokenSettings, duration_text
+from server.settings import (
+    TRY_OUT,
+    ChannelOptions,
+    Kind,
+    ProxySettings,
+    RpcOptions,
+    Section,
+    Settings,
+    TokenSettings,
+    duration_text,
+)
 
 PREFIX = "WATERSPOUT_"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -346,7 +356,8 @@ def _cut(data: dict[str, Any], path: Place) -> None:
         else:
             holder.pop(last, None)
     elif isinstance(holder, list) and field is not None and _inner(field) is not None:
-        holder[int(last)] = {"name": UNNAMED}
+        inner = _inner(field)
+        holder[int(last)] = {"name": UNNAMED} if inner is not None and "name" in inner.model_fields else {}
     else:
         _cut(data, path[:-1])
 
@@ -418,6 +429,12 @@ def _server_clashes(settings: Settings) -> Iterator[_Clash]:
             "client.allowed_origins) and where to (channel.namespaces)",
             repr(address),
         )
+    if settings.redis.url and not settings.mongo.url:
+        yield _Clash(
+            (("redis", "url"), ("mongo", "url")),
+            "mongo.url beside it: processes that share a broker must share one history",
+            "mongo.url is not set",
+        )
     tls = settings.http_server.tls
     if tls.enabled:
         for name, text in (("cert_pem", tls.cert_pem), ("key_pem", tls.key_pem)):
@@ -425,15 +442,29 @@ def _server_clashes(settings: Settings) -> Iterator[_Clash]:
                 found = "a path of no file, or text that is no PEM" if text else "nothing"
                 paths = (("http_server", "tls", name), ("http_server", "tls", "enabled"))
                 yield _Clash(paths, "a file's path or PEM text, since http_server.tls.enabled is true", found)
-    one, other = settings.websocket, settings.http_api
-    nested = f"{one.handler_prefix}/".startswith(f"{other.handler_prefix}/")
-    nested = nested or f"{other.handler_prefix}/".startswith(f"{one.handler_prefix}/")
-    if nested and not one.disabled and not other.disabled:
-        yield _Clash(
-            (("websocket", "handler_prefix"), ("http_api", "handler_prefix")),
-            f'a path apart from http_api.handler_prefix ("{other.handler_prefix}")',
-            repr(one.handler_prefix),
-        )
+    yield from _path_clashes(settings)
+
+
+def _path_clashes(settings: Settings) -> Iterator[_Clash]:
+    """One path for two things; the back-end API has all that lies below its own."""
+    both_ways = settings.http_stream.enabled or settings.sse.enabled
+    offered = {
+        "websocket": not settings.websocket.disabled,
+        **{name: getattr(settings, name).enabled for name in ("http_stream", "sse", "uni_sse", "uni_http_stream")},
+        "uni_websocket": settings.uni_websocket.enabled,
+        "emulation": both_ways,
+        "init": settings.init.enabled,
+        "http_api": not settings.http_api.disabled,
+    }
+    paths = {name: getattr(settings, name).handler_prefix for name, on in offered.items() if on}
+    for (one, path), (other, its) in combinations(paths.items(), 2):
+        nested = f"{path}/".startswith(f"{its}/") or f"{its}/".startswith(f"{path}/")
+        if path == its or (nested and other == "http_api"):
+            yield _Clash(
+                ((one, "handler_prefix"), (other, "handler_prefix")),
+                f'a path apart from {other}.handler_prefix ("{its}")',
+                repr(path),
+            )
 
 
 def _client_clashes(settings: Settings) -> Iterator[_Clash]:
@@ -552,13 +583,90 @@ def _history_clashes(above: Place, options: ChannelOptions, channel_meta_ttl: fl
         yield _Clash((ttl, meta), expected, duration_text(options.history_ttl))
 
 
+def _proxy_clashes(settings: Settings) -> Iterator[_Clash]:
+    rpc = settings.rpc
+    named: dict[str, int] = {}
+    every: list[tuple[Place, ProxySettings]] = []
+    for place, proxy in enumerate(settings.proxies):
+        above: Place = ("proxies", place)
+        if proxy.name in named or proxy.name == "default":
+            twin = f"proxies.{named[proxy.name]}.name" if proxy.name in named else "each event's own proxy"
+            yield _Clash(((*above, "name"),), f"a name that {twin} has not", repr(proxy.name))
+        if not proxy.endpoint:
+            yield _Clash(((*above, "endpoint"), above), "a URL", "nothing")
+        named.setdefault(proxy.name, place)
+        every.append((above, proxy))
+    for event in ("connect", "refresh"):
+        proxy_of_clients = getattr(settings.client.proxy, event)
+        above = ("client", "proxy", event)
+        every.append((above, proxy_of_clients))
+        if proxy_of_clients.enabled and not proxy_of_clients.endpoint:
+            yield _Clash(((*above, "endpoint"), (*above, "enabled")), "a URL, since it is enabled", "nothing")
+    channel_like: list[tuple[Place, ChannelOptions]] = [
+        (("channel", "without_namespace"), settings.channel.without_namespace)
+    ]
+    channel_like += [(("channel", "namespaces", place), one) for place, one in enumerate(settings.channel.namespaces)]
+    for event in ("subscribe", "publish", "sub_refresh"):
+        own = getattr(settings.channel.proxy, event)
+        every.append((("channel", "proxy", event), own))
+        for above, options in channel_like:
+            option = f"{event}_proxy"
+            yield from _choice_clashes(above, option, options, ("channel", "proxy", event), own, named)
+    every.append((("rpc", "proxy"), rpc.proxy))
+    yield from _choice_clashes(
+        ("rpc", "without_namespace"), "proxy", rpc.without_namespace, ("rpc", "proxy"), rpc.proxy, named
+    )
+    first: dict[str, int] = {}
+    for place, one in enumerate(rpc.namespaces):
+        above = ("rpc", "namespaces", place)
+        yield from _choice_clashes(above, "proxy", one, ("rpc", "proxy"), rpc.proxy, named)
+        if one.name in first or rpc.namespace_boundary in one.name:
+            expected = f"a name without rpc.namespace_boundary ({rpc.namespace_boundary!r}) that no other has"
+            yield _Clash(((*above, "name"), ("rpc", "namespace_boundary")), expected, repr(one.name))
+        first.setdefault(one.name, place)
+    for above, one_of_all in every:
+        yield from _transform_clashes((*above, "http", "status_to_code_transforms"), one_of_all)
+
+
+def _choice_clashes(
+    above: Place, option: str, options: Section, own_place: Place, own: ProxySettings, named: Mapping[str, int]
+) -> Iterator[_Clash]:
+    """Is the proxy there that a namespace asks?"""
+    chosen: Place = (*above, f"{option}_name")
+    enabled: Place = (*above, f"{option}_enabled")
+    name = getattr(options, f"{option}_name")
+    if not getattr(options, f"{option}_enabled"):
+        return
+    if name == "default" and not own.endpoint:
+        found = f"{_dotted((*own_place, 'endpoint'))} is not set"
+        yield _Clash((enabled, (*own_place, "endpoint"), chosen), f"{_dotted((*own_place, 'endpoint'))} for it", found)
+    elif name != "default" and name not in named:
+        yield _Clash((chosen, ("proxies",)), "the name of an entry of proxies", repr(name))
+
+
+def _transform_clashes(above: Place, proxy: ProxySettings) -> Iterator[_Clash]:
+    for place, transform in enumerate(proxy.http.status_to_code_transforms):
+        path: Place = (*above, place)
+        if not 100 <= transform.status_code <= 599 or transform.status_code == 200:
+            found = repr(transform.status_code)
+            yield _Clash(((*path, "status_code"),), "an HTTP status from 100 to 599 other than 200", found)
+        error, end = transform.to_error, transform.to_disconnect
+        if bool(error.code) == bool(end.code):
+            yield _Clash((path,), "to_error with a code or to_disconnect with one", "both" if end.code else "neither")
+        elif error.code and (error.code < 100 or not error.message):
+            yield _Clash(((*path, "to_error"),), "a code of 100 or more and a message", repr(error.code))
+        elif end.code and (end.code <= 3000 or not 0 < len(end.reason) <= 123 or not end.reason.isascii()):
+            expected = "a code from 3001 to 4999 and a reason of 1 to 123 ASCII characters"
+            yield _Clash(((*path, "to_disconnect"),), expected, repr(end.code))
+
+
 def _overlap(one: Place, other: Place) -> bool:
     shorter = min(len(one), len(other))
     return one[:shorter] == other[:shorter]
 
 
 def _contradictions(settings: Settings, layers: list[_Layer], faulty: list[Place]) -> Iterator[Fault]:
-    for find in (_server_clashes, _client_clashes, _channel_clashes):
+    for find in (_server_clashes, _client_clashes, _channel_clashes, _proxy_clashes):
         for clash in find(settings):
             if any(_overlap(path, place) for path in clash.paths for place in faulty):
                 continue
@@ -619,18 +727,36 @@ class Row(NamedTuple):
 def reference() -> list[Row]:
     """Every option with its full name, type, default and help, in the order of the tree.
 
-    The options of a namespace are those of ``channel.without_namespace``; only
-    what a namespace has besides is listed again.
+    The options of a namespace are those of ``channel.without_namespace``, those of
+    a proxy those of ``client.proxy.connect``; only what one has besides is listed
+    again, and each proxy's endpoint.
     """
     rows = []
     for path, field in _KNOWN.items():
         shared = path[:2] == ("channel", "namespaces") and path[-1] in ChannelOptions.model_fields
-        if shared or (_inner(field) is not None and not _is_list(field)):
+        shared = shared or (path[:2] == ("rpc", "namespaces") and path[-1] in RpcOptions.model_fields)
+        if shared or _is_like_another_proxy(path) or (_inner(field) is not None and not _is_list(field)):
             continue
         marker = _marker(field)
         kind = re.sub("^an? ", "", _kind(field)) + (" (secret)" if marker is not None and marker.secret else "")
         rows.append(Row(_dotted(path), kind, _default_text(field), field.description or ""))
     return rows
+
+
+def _is_like_another_proxy(path: Place) -> bool:
+    for depth, _ in enumerate(path, 1):
+        above, below = path[:depth], path[depth:]
+        if above in _PROXIES and above != ("client", "proxy", "connect") and below:
+            return below[0] in ProxySettings.model_fields and below[0] != "endpoint"
+    return False
+
+
+_PROXIES = {
+    (*path, 0) if _is_list(field) else path
+    for path, field in _KNOWN.items()
+    if (inner := _inner(field)) is not None and issubclass(inner, ProxySettings)
+}
+"""Where there is a proxy."""
 
 
 def _default_text(field: FieldInfo) -> str:

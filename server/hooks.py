@@ -18,15 +18,19 @@ Knows no node and no session: ``Peer`` is what it asks of one.  PROTOCOL 4, 7.1.
 import asyncio
 import inspect
 import re
+import types
 import typing
-from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Protocol, TypeVar, overload
 
 import msgspec
 from msgspec import UNSET
 
-from server import broker as wires
+from server import orders
+from server.auth import Override
 from server.channels import Channels
 from server.errors import (
     BAD_REQUEST,
@@ -42,15 +46,33 @@ from server.errors import (
 from server.errors import Disconnect as Ending
 from server.observe import event
 from server.outbox import Request
-from server.protocol import is_json, one_line
+from server.protocol import ConnectRequest, is_json, one_line
 from server.stream import ClientInfo
 
-F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+T = TypeVar("T")
+Working = Coroutine[Any, Any, Any]
+F = TypeVar("F", bound=Callable[..., Working])
 
 BUILT_IN = ("publish", "ping")
 """Remote procedures that the server answers itself (PROTOCOL 4.7)."""
 
 TIMEOUT_S = 1.0
+CLEAR_UP_S = 0.1
+"""How long a hook that was cut off is waited for, so that it may clear up before the next one begins."""
+
+
+class Alarm(Protocol):
+    """What will happen later, unless it is cancelled."""
+
+    def cancel(self) -> None:
+        """Let it not happen."""
+
+
+CallLater = Callable[[float, Callable[[], None]], Alarm]
+
+
+def _call_later(seconds: float, callback: Callable[[], None]) -> Alarm:
+    return asyncio.get_running_loop().call_later(seconds, callback)
 
 
 # --- "no" -----------------------------------------------------------------------
@@ -105,11 +127,20 @@ class Allow(msgspec.Struct, frozen=True):
     """What a subscription gets besides its permission; the answer of ``subscribing`` (PROTOCOL 4.2).
 
     ``chan_info`` is what others see of this client in this channel, ``data`` what
-    the client gets with the reply; any value that JSON can hold.
+    the client gets with the reply; any value that JSON can hold.  ``expire_at``
+    (Unix s) ends the subscription unless it is refreshed (PROTOCOL 8.4), 0 leaves
+    what a token says; ``override`` switches options of the namespace (PROTOCOL 8.1).
     """
 
     chan_info: Any = UNSET
     data: Any = UNSET
+    expire_at: int = 0
+    override: Override = Override()
+
+    def __post_init__(self) -> None:
+        """Raises ``TypeError`` where it is made, so that the trace names the line."""
+        if not isinstance(self.expire_at, int) or not isinstance(self.override, Override):
+            raise TypeError("expected expire_at in whole Unix seconds and an Override")
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -117,13 +148,16 @@ class Welcome(msgspec.Struct, frozen=True):
 
     ``user`` names the user, unless a token did; ``conn_info`` is what others see
     of the client; ``data`` is what it gets with the reply.  ``channels`` are
-    subscribed server-side, a mapping gives each its ``Allow``.
+    subscribed server-side, a mapping gives each its ``Allow``.  ``expire_at`` (Unix
+    s) ends the connection unless it is refreshed (PROTOCOL 8.3), 0 leaves what a
+    token says.
     """
 
     user: str | None = None
     conn_info: Any = UNSET
     data: Any = UNSET
     channels: Sequence[str] | Mapping[str, Allow] = ()
+    expire_at: int = 0
 
     def __post_init__(self) -> None:
         """Raises ``TypeError`` where it is made, so that the trace names the line."""
@@ -131,23 +165,38 @@ class Welcome(msgspec.Struct, frozen=True):
             raise TypeError(f"expected user to be text or None, got {type(self.user).__name__}")
         if isinstance(self.channels, str) or not all(isinstance(channel, str) for channel in self.channels):
             raise TypeError("expected channels to be a list of names, or names with their Allow")
+        if not isinstance(self.expire_at, int):
+            raise TypeError(f"expected expire_at in whole Unix seconds, got {type(self.expire_at).__name__}")
 
 
 class Change(msgspec.Struct, frozen=True):
     """What is published instead; the answer of ``publishing`` (PROTOCOL 4.4).
 
     ``data`` is any value that JSON can hold (``bytes`` as they are where the
-    namespace is binary); what is not given stays as it came.
+    namespace is binary); what is not given stays as it came.  ``key`` makes a repeat
+    harmless (PROTOCOL 11.8); with ``skip_history`` it only passes.
     """
 
     data: Any = UNSET
     tags: dict[str, str] | None = None
+    key: str = ""
+    skip_history: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``TypeError`` where it is made, so that the trace names the line."""
         words = [word for tag in (self.tags or {}).items() for word in tag]
         if not all(isinstance(word, str) for word in words):
             raise TypeError("expected tags to be texts by name")
+        if not isinstance(self.key, str) or len(self.key) > 256:
+            raise TypeError("expected key to be a text of at most 256 characters")
+
+
+class Renewal(msgspec.Struct, frozen=True):
+    """What becomes of what has expired; ``info`` is payload bytes, ``expire_at`` Unix seconds, 0 for never."""
+
+    expired: bool
+    expire_at: int = 0
+    info: bytes | None = None
 
 
 # --- the client, as hooks see it ---------------------------------------------------
@@ -170,7 +219,7 @@ class Peer(Protocol):
     def disconnect(self, disconnect: Ending, why: str = "") -> None:
         """End the connection."""
 
-    def subscribe_by_order(self, order: wires.SubscribeOrder) -> None:
+    def subscribe_by_order(self, order: orders.SubscribeOrder) -> None:
         """Subscribe server-side."""
 
     def unsubscribe_by_order(self, channel: str) -> None:
@@ -189,6 +238,12 @@ class Client:
         self.dressed = False
         """Did a hook set its ``conn_info``?  Then a refreshed token does not."""
         self.welcomed = False
+        self.introduction: ConnectRequest | None = None
+        """What it connects with, while it does."""
+        self.emulated: Mapping[str, str] = {}
+        """Headers that it gave with connect instead of real ones, by lower-case name (PROTOCOL 4.1)."""
+        self.meta: bytes | None = None
+        """What its token or its back end said of it for back ends only, as a JSON object (PROTOCOL 8.1)."""
 
     def __repr__(self) -> str:
         return f"<Client {self.id} user={self.user!r}>"
@@ -214,6 +269,11 @@ class Client:
         return self._peer.request.remote_addr
 
     @property
+    def request(self) -> Request:
+        """How it came here."""
+        return self._peer.request
+
+    @property
     def transport(self) -> str:
         """What carries it, such as ``"websocket"``."""
         return self._peer.request.transport
@@ -234,8 +294,8 @@ class Client:
         Raises ``Refused`` for a name that no namespace has.
         """
         self._hooks.check_channel(channel)
-        target = wires.Target(self.user, self.id)
-        self._peer.subscribe_by_order(wires.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
+        target = orders.Target(self.user, self.id)
+        self._peer.subscribe_by_order(orders.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
 
     def unsubscribe(self, channel: str) -> None:
         """End its subscription of ``channel`` with 2000; no effect if there is none."""
@@ -254,10 +314,16 @@ def decoded(data: bytes | None) -> Any:
     return msgspec.json.decode(data) if is_json(data) else data
 
 
+class Exact(bytes):
+    """Payload bytes that are what they are, for ``encoded`` to leave alone."""
+
+
 def encoded(value: Any) -> bytes | None:
     """A value as payload bytes, ``None`` for ``UNSET``; raises ``ValueError`` for what JSON cannot hold."""
     if value is UNSET:
         return None
+    if isinstance(value, Exact):
+        return bytes(value)
     try:
         data = msgspec.json.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -291,7 +357,10 @@ KINDS: dict[str, Event] = {
 class Hook:
     """One function of the user's, ready to be asked.  ``name`` says for what, ``where`` is its file and line."""
 
-    def __init__(self, kind: str, key: str | None, function: Callable[..., Awaitable[Any]]) -> None:
+    decides = False
+    """Does it decide in place of the configuration, and not only of what that permits?"""
+
+    def __init__(self, kind: str, key: str | None, function: Callable[..., Working]) -> None:
         self.kind = kind
         self.key = key
         self.function = function
@@ -322,6 +391,9 @@ class Hook:
         optional = 1 if parameters[-1:] == ("data",) else 0
         if len(plain) != len(needed) or not len(parameters) - optional <= len(plain) <= len(parameters):
             return self.fault(f"expected the parameters ({words}), got {inspect.signature(self.function)}")
+        for name, one in zip(parameters, plain, strict=False):
+            if one.name != name and one.name in parameters:
+                return self.fault(f"expected {name} in place of {one.name}: the parameters are ({words})")
         try:
             hints = typing.get_type_hints(self.function)
         except Exception as error:
@@ -368,6 +440,36 @@ class Hook:
             raise Refused(BAD_REQUEST, f"data for {self.called} at {self.where}: {why}") from None
 
 
+class Remote(Hook):
+    """A hook that somebody elsewhere carries out, who decides, and whose time is limited by whoever asks there.
+
+    ``called`` names the setting behind it, ``where`` the address.
+    """
+
+    decides = True
+
+    def __init__(self, kind: str, key: str | None, called: str, where: str) -> None:
+        self.kind = kind
+        self.key = key
+        self.name = kind if key is None else f"{kind} {key!r}"
+        self.called = called
+        self.where = where
+
+    async def ask(self, client: Client, *arguments: str, data: bytes | None) -> Any:
+        """What the other side answers; raises as ``Hooks.ask``."""
+        raise NotImplementedError
+
+
+class Elsewhere(Protocol):
+    """Who knows the hooks that are carried out elsewhere."""
+
+    def emulated(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Those headers of a connect command that somebody there wants to see, by lower-case name (PROTOCOL 4.1)."""
+
+    def find(self, kind: str, key: str | None = None) -> Remote | None:
+        """The hook for this event; raises ``Refused`` if there can be none by this name."""
+
+
 def _called(hint: Any) -> str:
     return getattr(hint, "__name__", None) or str(hint)
 
@@ -396,6 +498,89 @@ def _decoder(hint: Any) -> Callable[[bytes], Any] | None:
     return decode
 
 
+# A function is stepped through in the task of its command and not in one of its own: what does not wait is answered at
+# once, and comes before whatever it has spawned.  Only the one that goes on after it was cancelled gets its own.
+class _Disobeyed(Exception):
+    """A function was cancelled, and waits for something else now."""
+
+    def __init__(self, waits_for: Any) -> None:
+        super().__init__("it goes on")
+        self.waits_for = waits_for
+
+
+@types.coroutine
+def _obeying(working: Working, limit: asyncio.Timeout) -> Generator[Any, None, Any]:
+    """Await ``working`` inside ``limit``; raises ``_Disobeyed`` if that does not end it."""
+    step: Callable[[], Any] = partial(working.send, None)
+    cut = False
+    while True:
+        try:
+            waits_for = step()
+        except StopIteration as end:
+            return end.value
+        if cut:
+            raise _Disobeyed(waits_for)
+        try:
+            yield waits_for
+            step = partial(working.send, None)
+        except BaseException as fault:
+            cut = limit.expired() and isinstance(fault, asyncio.CancelledError)
+            step = partial(working.throw, fault)
+
+
+@types.coroutine
+def _rest(working: Working, waits_for: Any) -> Generator[Any, None, Any]:
+    """Await the rest of ``working``, which has begun already, and waits for something."""
+    while True:
+        step: Callable[[], Any] = partial(working.send, None)
+        try:
+            yield waits_for
+        except BaseException as fault:
+            step = partial(working.throw, fault)
+        try:
+            waits_for = step()
+        except StopIteration as end:
+            return end.value
+
+
+def _place_of(working: Working, hook: Hook) -> str:
+    """The line at which a hook waits, the innermost one of its own file."""
+    file = hook.where.rpartition(":")[0]
+    place = hook.where
+    one: Any = working
+    while inspect.iscoroutine(one):
+        if one.cr_frame is not None and one.cr_frame.f_code.co_filename == file:
+            place = f"{file}:{one.cr_frame.f_lineno}"
+        one = one.cr_await
+    return place
+
+
+async def end_all(tasks: Iterable[asyncio.Task[Any]], told: Callable[[asyncio.Task[Any]], object]) -> None:
+    """Cancel tasks and wait a second for their end; ``told`` is their callback for it.
+
+    One that takes no notice is closed where it waits, and its end not told: a loop
+    waits for all of its tasks, so that a single one would keep the process for ever.
+    """
+    left = set(tasks)
+    for task in left:
+        task.cancel()
+    if left:
+        _, left = await asyncio.wait(left, timeout=1.0)
+    for task in left:
+        task.remove_done_callback(told)
+        task.add_done_callback(_pass_over)
+        coroutine = task.get_coro()
+        if inspect.iscoroutine(coroutine):
+            with suppress(RuntimeError):  # it waits again even now
+                coroutine.close()
+        task.cancel()
+
+
+def _pass_over(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # what was closed cannot be gone on with
+
+
 # --- all of them -----------------------------------------------------------------------
 class Hooks:
     """See the module's docstring."""
@@ -404,11 +589,22 @@ class Hooks:
         self._hooks: dict[tuple[str, str | None], Hook] = {}
         self._faults: list[str] = []
         self._channels: Channels | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._strays: set[asyncio.Task[Any]] = set()
         self.timeout_s = TIMEOUT_S
+        self.elsewhere: Elsewhere | None = None
+        """Who is asked about events that no function here is for."""
+        self.call_later: CallLater = _call_later
+        """What says that the time limit is over; a test puts its own clock here."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {', '.join(hook.name for hook in self._hooks.values()) or 'without hooks'}>"
+
+    if not typing.TYPE_CHECKING:  # or every misspelt name would be right for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            kinds = ", ".join(f"@app.{kind}" for kind in KINDS)
+            raise AttributeError(f"an App has no {name!r}; what it has is {kinds}, and app.server")
 
     # --- registering ---------------------------------------------------------------
     def connecting(self, function: F) -> F:
@@ -467,6 +663,8 @@ class Hooks:
         return self._register(kind, None, given)
 
     def _register(self, kind: str, key: str | None, function: F) -> F:
+        if not callable(function):
+            raise TypeError(f"expected @app.{kind} above an async def, without parentheses, got {function!r}")
         hook = Hook(kind, key, function)
         earlier = self._hooks.get((kind, key))
         if earlier is not None:
@@ -498,10 +696,29 @@ class Hooks:
 
     # --- finding -------------------------------------------------------------------
     def find(self, kind: str, key: str | None = None) -> Hook | None:
-        """The hook for this event: that of the namespace ``key`` before that of all."""
-        return self._hooks.get((kind, key)) or (
+        """The hook for this event: that of the namespace ``key`` before that of all, and what is elsewhere last."""
+        hook = self._hooks.get((kind, key)) or (
             self._hooks.get((kind, None)) if key is not None and kind != "rpc" else None
         )
+        return self.elsewhere.find(kind, key) if hook is None and self.elsewhere is not None else hook
+
+    def ask_elsewhere(self, elsewhere: Elsewhere, events: Iterable[tuple[str, str | None]]) -> None:
+        """Have the hooks for ``events``, kinds with their namespaces, and remote procedures carried out elsewhere.
+
+        Raises ``AppError`` with all for which there is a function here as well.
+        """
+        faults = set()
+        for kind, key in [*events, *(one for one in self._hooks if one[0] == "rpc")]:
+            try:
+                remote = elsewhere.find(kind, key)
+            except Refused:
+                continue  # a procedure that nobody there would carry out
+            hook = self.find(kind, key)
+            if remote is not None and hook is not None:
+                faults.add(hook.fault(f"{remote.called} ({remote.where}) is for the same event: use one of the two"))
+        if faults:
+            raise AppError("\n".join(sorted(faults)))
+        self.elsewhere = elsewhere
 
     # --- asking --------------------------------------------------------------------
     async def ask(self, hook: Hook, client: Client, *arguments: str, data: bytes | None = None) -> Any:
@@ -511,6 +728,9 @@ class Hooks:
         hook's, which has been logged, or what it refused with), ``Disconnected``,
         ``Unavailable``.
         """
+        if isinstance(hook, Remote):
+            async with client.turn:
+                return await hook.ask(client, *arguments, data=data)
         checked = hook.payload(data)
         async with client.turn:
             answer = await self._call(hook, client.id, client, *arguments, *checked)
@@ -533,21 +753,58 @@ class Hooks:
 
     async def _call(self, hook: Hook, client: str, *arguments: Any) -> Any:
         fields: dict[str, Any] = {"client": client, "hook": hook.name, "function": hook.called, "at": hook.where}
-        limit = asyncio.timeout(self.timeout_s)
+        working: Working = hook.function(*arguments)
+        limit = asyncio.timeout(None)
+        loop = asyncio.get_running_loop()
+        place, goes_on = "", ""
+
+        def cut_off() -> None:
+            nonlocal place
+            place = _place_of(working, hook)
+            limit.reschedule(loop.time())
+
+        alarm = self.call_later(self.timeout_s, cut_off)
         try:
             async with limit:
-                return await hook.function(*arguments)
+                return await _obeying(working, limit)
         except (Refuse, Disconnect, Unavailable):
             raise
+        except _Disobeyed as disobeyed:
+            if not await self._clears_up(_rest(working, disobeyed.waits_for), hook, client):
+                goes_on = "; it took no notice, and goes on by itself"
         except (Exception, SystemExit, asyncio.CancelledError) as fault:
             # Cancelled from outside, or by awaiting something that was?  The latter is a fault like any other.
             if isinstance(fault, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
                 raise
-            if limit.expired() and isinstance(fault, TimeoutError):
-                event("hook.overdue", **fields, why=f"look at app.timeout ({self.timeout_s:g} s)")
-                raise Refused(INTERNAL, f"{hook.called} at {hook.where} took longer than app.timeout") from None
-            event("hook.failed", **fields, fault=fault)
-            raise Refused(INTERNAL, f"{hook.called} at {hook.where} raised") from None
+            if not (limit.expired() and isinstance(fault, TimeoutError)):
+                event("hook.failed", **fields, fault=fault)
+                raise Refused(INTERNAL, f"{hook.called} at {hook.where} raised") from None
+        finally:
+            alarm.cancel()
+        why = f"it waited at {place}, look at app.timeout ({self.timeout_s:g} s){goes_on}"
+        event("hook.overdue", **fields, why=why)
+        raise Refused(INTERNAL, f"{hook.called} at {hook.where} took longer than app.timeout")
+
+    async def _clears_up(self, rest: Coroutine[Any, Any, Any], hook: Hook, client: str) -> bool:
+        """Give what a hook does after it was cut off a moment; whether it came to its end."""
+        over = asyncio.Event()
+        task = self._own(self._see_out(rest, hook, client))
+        task.add_done_callback(lambda _: over.set())
+        alarm = self.call_later(CLEAR_UP_S, over.set)
+        try:
+            await over.wait()
+        finally:
+            alarm.cancel()
+        if not task.done():
+            self._strays.add(task)
+            task.add_done_callback(self._strays.discard)
+        return task.done()
+
+    async def _see_out(self, rest: Coroutine[Any, Any, Any], hook: Hook, client: str) -> None:
+        try:
+            await rest
+        except (Exception, SystemExit) as fault:
+            event("hook.failed", client=client, hook=hook.name, function=hook.called, at=hook.where, fault=fault)
 
     def tell(self, hook: Hook, client: Client, *arguments: str) -> None:
         """Have a hook told beside us that something is over; nobody waits for it, and it has nobody to refuse."""
@@ -561,11 +818,23 @@ class Hooks:
         except Refused:
             return  # It has been logged.
 
-    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    @property
+    def running(self) -> set[asyncio.Task[Any]]:
+        """Hooks that are being asked or told at the moment, but those that took no notice of their end."""
+        return self._tasks - self._strays
+
+    async def finish(self, patience_s: float) -> None:
+        """All clients are gone: wait for the last hooks, ``patience_s`` at most, and end what still goes on."""
+        if self.running:
+            await asyncio.wait(self.running, timeout=patience_s)
+        await end_all(self._tasks, self._tasks.discard)
+        self._tasks.clear()
 
     def left(self, client: Client | None, channel: str, namespace: str) -> None:
         """A subscription of ``client`` is over."""

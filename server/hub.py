@@ -163,6 +163,7 @@ class Feed:
         "tail_bytes",
         "tail_used",
         "tail_wanted",
+        "wanted",
     )
 
     def __init__(self, channel: str, namespace: Namespace) -> None:
@@ -179,6 +180,8 @@ class Feed:
         self.tail_used = False
         self.ahead: dict[int, tuple[str, Publication]] = {}
         self.ahead_bytes = 0
+        self.wanted = 0
+        """The highest offset that somebody has told of; a repair is not done before it."""
         self.pending: dict[Wire, list[bytes]] = {}
         self.following: asyncio.Future[None] | None = None
         self.repairing: asyncio.Future[None] | None = None
@@ -207,6 +210,12 @@ class Feed:
         """Let go of what came too early."""
         self.ahead.clear()
         self.ahead_bytes = 0
+        self.wanted = 0
+
+    @property
+    def incomplete(self) -> bool:
+        """Is there something beyond the cursor that is known of and not delivered?"""
+        return bool(self.ahead) or (self.cursor is not None and self.cursor.offset < self.wanted)
 
 
 class Hub:
@@ -307,15 +316,18 @@ class Hub:
         if feed.namespace.kept:
             self._tails.add(feed)
 
-    def recall(self, feed: Feed, since: Position) -> Page | None:
+    def recall(self, feed: Feed, since: Position, now_ms: int) -> Page | None:
         """What history would answer after ``since``, if the tail reaches back that far; else ``None``.
 
-        The live ones stand at its top: who continues from it is as far as they are.
+        The live ones stand at its top: who continues from it is as far as they
+        are.  What is too old, or too far back, is for history to judge.
         """
-        cursor, tail = feed.cursor, feed.tail
+        cursor, tail, retention = feed.cursor, feed.tail, feed.namespace.retention
         if cursor is None or not cursor.epoch or since.epoch != cursor.epoch or since.offset > cursor.offset:
             return None
         if since.offset < cursor.offset and (not tail or tail[0].offset > since.offset + 1):
+            return None
+        if retention is not None and 0 <= retention.size < cursor.offset - since.offset:
             return None
         missed: list[Publication] = []
         room = PAGE_BYTES
@@ -325,6 +337,8 @@ class Hub:
                 if len(missed) == PAGE_PUBLICATIONS or (missed and room < 0):
                     break
                 missed.append(publication)
+        if missed and retention is not None and 0 <= retention.ttl_ms <= now_ms - missed[0].time_ms:
+            return None
         return Page(missed, cursor.position)
 
     def remember(self, feed: Feed, page: Page) -> None:
@@ -383,7 +397,12 @@ class Hub:
         feed = self.feeds.get(channel)
         if feed is None or feed.cursor is None:
             return False
-        return feed.cursor.judge(top.offset, top.epoch) is not Verdict.SEEN
+        verdict = feed.cursor.judge(top.offset, top.epoch)
+        if verdict is Verdict.SEEN:
+            return False
+        if verdict is not Verdict.FOREIGN:
+            feed.wanted = max(feed.wanted, top.offset)
+        return True
 
     def mend(self, feed: Feed, since: Position, page: Page) -> Sequence[Subscription]:
         """Bring a channel forward with a page that was read after ``since``, its cursor at that time.
@@ -484,7 +503,7 @@ class Hub:
             wire = subscription.outbox.wire
             frame = frames.get(wire)
             if frame is None:
-                frame = frames[wire] = wire.frame(protocol.CODECS[wire.format].push(channel, kind, body))
+                frame = frames[wire] = wire.frame(wire.codec.push(channel, kind, body))
             self.post(subscription.outbox, frame)
 
     def send(self, subscription: Subscription, publications: Iterable[Publication], epoch: str) -> None:
@@ -535,7 +554,7 @@ class Hub:
 def encode(wire: Wire, channel: str, publication: Publication, epoch: str, namespace: Namespace) -> bytes:
     """A publication's frame for one kind of wire; raises ``protocol.Inexpressible`` (PROTOCOL 9.4)."""
     body = express(wire.format, publication, epoch, namespace)
-    return wire.frame(protocol.CODECS[wire.format].push(channel, "pub", body))
+    return wire.frame(wire.codec.push(channel, "pub", body))
 
 
 def express(format: str, publication: Publication, epoch: str, namespace: Namespace) -> protocol.Publication:

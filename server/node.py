@@ -14,25 +14,34 @@ It reads no clock of its own: ``clock`` (Unix seconds) is handed in by run.py.
 """
 
 import asyncio
+import math
 import uuid
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
-from server import broker as wires
-from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Target, Word
+import msgspec
+
+from server import __version__, orders
+from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Word
 from server.channels import Channels, Namespace
 from server.errors import BAD_REQUEST, SERVER_ERROR, Disconnect, Disconnected, Refused, Unavailable
+from server.globs import matcher
 from server.history import Appended, Draft, History
 from server.hooks import Hooks
 from server.hub import Feed, Hub, Step, Subscription
+from server.members import Members
 from server.observe import event
 from server.outbox import Outbox
+from server.peers import OWED_S, Peers
 from server.presence import Presence
 from server.protocol import MAX_OFFSET
 from server.settings import Settings
-from server.stream import ClientInfo, Page, Position, Publication, Verdict, catch_up, weight_of
+from server.stream import Page, Position, Publication, Verdict, catch_up, weight_of
+from server.tasks import Tasks
 from server.timetable import Timetable
 
 T = TypeVar("T")
@@ -44,7 +53,13 @@ RETRY_S = 1.0
 """How long after history failed a repair or a catching-up subscription asks again."""
 
 TOPS_S = 5.0
-"""How often followed channels are compared with the tops in history."""
+"""How often followed channels are compared with the tops in history; each second while the broker is silent."""
+
+OPEN_AGAIN_S = 2.0
+"""How long after a part could not be opened it is tried again."""
+
+ORDER_PATIENCE_S = 2.0
+"""How long the answers of other processes are waited for; an SDK waits 5 s for all of its command."""
 
 PASSING_KEY_S = 300.0
 PASSING_KEYS = 100_000
@@ -55,6 +70,8 @@ class Session(Protocol):
 
     client: str
     user: str
+    secret: str
+    """The session id by which a back end or an emulated client means just this connection; ``""`` on a WebSocket."""
 
     def __hash__(self) -> int:
         """A session is itself and nobody else."""
@@ -71,10 +88,10 @@ class Session(Protocol):
     def unsubscribe_by_order(self, channel: str) -> None:
         """End the subscription of ``channel``, or all if it is empty, with 2000."""
 
-    def subscribe_by_order(self, order: wires.SubscribeOrder) -> None:
+    def subscribe_by_order(self, order: orders.SubscribeOrder) -> None:
         """Subscribe server-side."""
 
-    def refresh_by_order(self, order: wires.RefreshOrder) -> None:
+    def refresh_by_order(self, order: orders.RefreshOrder) -> None:
         """Move the connection's expiry."""
 
 
@@ -109,16 +126,24 @@ class Node:
         """How many clients are here, connected or about to be."""
         self.sessions: dict[str, Session] = {}
         self.users: defaultdict[str, dict[str, Session]] = defaultdict(dict)
+        self._newcomers: dict[str, float] = {}
+        """When, by the loop's clock, those connected who did so in the last minutes; the oldest first."""
+        self.streams: dict[str, Callable[[bytes], None]] = {}
+        """What takes the commands of each emulated session here, by its secret id (PROTOCOL 2.5)."""
         self.timetable: Timetable[Session] = Timetable()
-        self.patience_s = settings.sqlite.publish_timeout
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._busy: set[str] = set()
+        self.patience_s = settings.mongo.publish_timeout if settings.mongo.url else settings.sqlite.publish_timeout
+        self.peers: Peers
+        """The other processes; there from ``open`` on."""
+        self.tasks = Tasks()
+        self.members = Members(presence, broker, self.hub, self.channels, self.tasks, clock, self.check_all)
         self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
         self._tops: dict[str, Position] = {}
-        self._exits: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._ghosts: set[tuple[str, str]] = set()
+        self.troubles: dict[str, str] = {}
+        self._closed: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
+        self._opening: asyncio.Task[None] | None = None
+        self._unchecked = self._follow_failed = False
         self._swept_at = 0.0
-        self._passing_keys: dict[tuple[str, str], float] = {}
+        self._passing_keys: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._next_tops = self._next_renewal = 0.0
         self.started_at = 0.0
 
@@ -126,39 +151,95 @@ class Node:
         return f"<Node {self.name} sessions={len(self.sessions)} feeds={len(self.hub.feeds)}>"
 
     # --- life -----------------------------------------------------------------
-    async def open(self) -> None:
-        """Open the seams; raises ``errors.Unavailable`` if one of them cannot be."""
+    async def open(self, *, patiently: bool = False) -> None:
+        """Open the seams; raises ``errors.Unavailable`` if one of them cannot be.
+
+        ``patiently`` goes on without, says so in the log, and tries again until
+        all are open: parts that are elsewhere may come later than we.
+        """
         self.started_at = self.clock()
         self.history.on_commit = self.committed
         self.broker.on_word = self.heard
-        self.broker.on_order = self.obey
-        self.broker.on_return = self.check_all
-        await self.history.open()
-        await self.broker.open()
-        await self.presence.open(self.clock())
+        self.broker.on_return = self._returned
+        loop = asyncio.get_running_loop()
+        self.peers = Peers(
+            self.broker,
+            self.id,
+            carry_out=self._answer,
+            clock=loop.time,
+            later=loop.call_later,
+            lease_s=self.settings.presence.lease,
+        )
+        self.broker.on_note = self.peers.heard
+        self._closed = {
+            "history": self.history.open,
+            "broker": lambda: self.broker.open(self.id),
+            "presence": lambda: self.presence.open(self.clock()),
+        }
+        faults = await self._open_closed()
+        if faults and not patiently:
+            for name in {"history", "broker", "presence"} - self._closed.keys():
+                await getattr(self, name).close()
+            raise faults[0]
+        if faults:
+            self._opening = self.spawn(self._open_later(), "open what is not open yet")
+
+    async def _open_closed(self) -> list[Unavailable]:
+        """Try to open what is not open, all at once; returns what was in the way."""
+        names = list(self._closed)
+        faults = []
+        for name, fault in zip(names, await asyncio.gather(*map(self._open_one, names)), strict=True):
+            if fault is None:
+                del self._closed[name]
+                self.troubles.pop(name, None)
+                continue
+            faults.append(fault)
+            self.troubles[name] = str(fault)
+        return faults
+
+    async def _open_one(self, name: str) -> Unavailable | None:
+        try:
+            await self._closed[name]()
+        except Unavailable as fault:
+            return fault
+        if name == "broker":
+            self.peers.tick(self._facts())
+        return None
+
+    async def _open_later(self) -> None:
+        while self._closed:
+            for name, why in self.troubles.items():
+                event(f"{name}.unavailable", why=why)
+            await asyncio.sleep(OPEN_AGAIN_S)
+            try:
+                await self._open_closed()
+            except Exception as fault:  # else one fault of ours would keep this process away for good
+                event("task.failed", task="open what is not open yet", fault=fault)
+        self._returned()
+
+    @property
+    def troubled(self) -> dict[str, str]:
+        """What keeps this process from serving in full: the part and why, in operator's words; empty if nothing."""
+        troubles = dict(self.troubles)
+        if self.history.trouble:
+            troubles.setdefault("history", self.history.trouble)
+        if away := self.broker.trouble or self.broker.mute:
+            troubles.setdefault("broker", away)
+        return troubles
 
     async def close(self) -> None:
         """Finish what is under way and close the seams; sessions have been ended before."""
-        pending = {task for task in self._tasks if task is not asyncio.current_task()}
-        if pending:
-            _, late = await asyncio.wait(pending, timeout=self.patience_s)
-            for task in late:
-                task.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
+        await self.tasks.finish(self.patience_s)
+        self.peers.close()
         await self.broker.close()
         await self.presence.close()
         await self.history.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run ``work`` beside us; the node owns the task and logs what it raises."""
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            event("task.failed", task=task.get_name(), fault=fault)
+        return self.tasks.spawn(work, name)
 
     @property
     def now_ms(self) -> int:
@@ -170,6 +251,7 @@ class Node:
         """Enter a session that has connected."""
         self.sessions[session.client] = session
         self.users[session.user][session.client] = session
+        self._newcomers[session.client] = asyncio.get_running_loop().time()
 
     def dismiss(self, session: Session) -> None:
         """Forget a session; it need not have been admitted."""
@@ -177,20 +259,23 @@ class Node:
             return
         mine = self.users[session.user]
         mine.pop(session.client, None)
+        self._newcomers.pop(session.client, None)
         if not mine:
             del self.users[session.user]
 
-    def targeted(self, target: Target) -> list[Session]:
+    def targeted(self, target: orders.Target) -> list[Session]:
         """The connections here that an order is for (PROTOCOL 15.2)."""
         return [
             session
             for client, session in self.users.get(target.user, {}).items()
-            if (not target.client or client == target.client) and client not in target.spared
+            if (not target.client or client == target.client)
+            and (not target.session or session.secret == target.session)
+            and client not in target.spared
         ]
 
     # --- publishing -----------------------------------------------------------
     async def publish(self, channel: str, namespace: Namespace, draft: Draft, patience_s: float = 0) -> Appended:
-        """Publish ``draft`` and return its position (``Position(0, "")`` in a passing channel).
+        """Publish ``draft`` and return its position (``Position(0, "")`` if it is passing).
 
         Raises ``errors.Unavailable`` when the outcome is unknown, at the latest
         after ``patience_s`` (default: the configured publish timeout), and
@@ -199,7 +284,7 @@ class Node:
         if len(draft.key) > 256:
             raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
         self.check_size(draft)
-        if namespace.retention is None:
+        if namespace.retention is None or draft.skip_history:
             if draft.key and self.repeated(channel, draft.key):
                 return Appended(Position(), repeated=True)
             self.publish_passing(channel, Publication(draft.data, info=draft.info, tags=draft.tags))
@@ -229,7 +314,7 @@ class Node:
         keys = self._passing_keys
         until = keys.pop((channel, key), 0.0)
         while len(keys) >= PASSING_KEYS:
-            del keys[next(iter(keys))]  # the oldest
+            keys.popitem(last=False)  # in a plain dict the first one is behind all that were deleted before it
         keys[channel, key] = until if until > now else now + PASSING_KEY_S
         return until > now
 
@@ -238,7 +323,7 @@ class Node:
         self._deliver(channel, epoch, publications)
         top = Position(publications[-1].offset, epoch)
         self._tops[channel] = top
-        light = [publication for publication in publications if len(publication.data) <= ANNOUNCED_BYTES]
+        light = [publication for publication in publications if publication.weight <= ANNOUNCED_BYTES]
         self.broker.announce(Published(channel, top, light))
 
     def _deliver(self, channel: str, epoch: str, publications: Iterable[Publication]) -> None:
@@ -251,8 +336,12 @@ class Node:
         """Another process has said something; it may be late, repeated or out of order."""
         match word:
             case Published(channel, top, publications):
+                newest = publications[-1] if publications else None
+                if top.offset:
+                    time_ms = newest.time_ms if newest is not None and newest.offset == top.offset else 0
+                    self.history.heard(channel, top, time_ms)
                 self._deliver(channel, top.epoch, publications)
-                if top.offset and not (publications and publications[-1].offset == top.offset):
+                if top.offset and not (newest is not None and newest.offset == top.offset):
                     self._compare(channel, top)
             case Joined(channel, info):
                 self.hub.tell(channel, "join", info)
@@ -262,9 +351,28 @@ class Node:
     async def remove(self, channel: str) -> None:
         """Forget the payloads of a kept channel; offsets go on (PROTOCOL 11.1).  Raises ``errors.Unavailable``."""
         await self.history.remove(channel)
+        await self._forget_everywhere(channel)
+
+    async def redact(self, channel: str, offset: int) -> None:
+        """Erase the payload of one publication; its offset stays (PROTOCOL 15.2).
+
+        Raises ``errors.Refused`` if it is not there, and ``errors.Unavailable``.
+        """
+        await self.history.redact(channel, offset)
+        await self._forget_everywhere(channel)
+
+    async def _forget_everywhere(self, channel: str) -> None:
+        """History has lost payloads on purpose: no process may hand them out from its memory."""
+        self._forget(channel)
+        await self.ask(orders.Forget(channel))
+
+    def _forget(self, channel: str) -> None:
         feed = self.hub.feeds.get(channel)
         if feed is not None:
             feed.forget_tail()
+            if feed.ahead:
+                feed.forget_ahead()
+                self._mend(channel, patiently=False)
 
     # --- repair ---------------------------------------------------------------
     def _compare(self, channel: str, top: Position) -> None:
@@ -284,10 +392,10 @@ class Node:
         try:
             if patiently:
                 await asyncio.sleep(HOLE_PATIENCE_S)
-                if not feed.ahead:
+                if not feed.incomplete:
                     return
             for _ in range(3):
-                if feed.cursor is None or not await self._repair_once(feed) or not feed.ahead:
+                if feed.cursor is None or not await self._repair_once(feed) or not feed.incomplete:
                     return
             feed.forget_ahead()
         finally:
@@ -316,11 +424,22 @@ class Node:
                 self._start_catching_up(subscription)
         return True
 
+    def _returned(self) -> None:
+        """The broker is back: others may have come and gone, and anything may have been said."""
+        self.peers.tick(self._facts())
+        self.check_all()
+
     def check_all(self) -> None:
         """Anything may have been missed: compare every followed kept channel with history now."""
-        self._once("compare tops", self._check_tops)
+        self._unchecked = True
+        self.tasks.once("compare tops", self._check_tops)
 
     async def _check_tops(self) -> None:
+        while self._unchecked:  # a check that had begun before has not seen what was missed since
+            self._unchecked = False
+            await self._check_tops_once()
+
+    async def _check_tops_once(self) -> None:
         followed = [channel for channel, feed in self.hub.feeds.items() if feed.namespace.kept and feed.cursor]
         if not followed:
             return
@@ -427,7 +546,7 @@ class Node:
                     return None
                 if since is None:
                     return await self._page(feed, NEWEST)
-                return self.hub.recall(feed, since) or await self._page(feed, since.offset)
+                return self.hub.recall(feed, since, self.now_ms) or await self._page(feed, since.offset)
         except TimeoutError:
             self.release(subscription)
             raise Unavailable(f"a subscription was not in force within {self.patience_s:g} s") from None
@@ -436,13 +555,23 @@ class Node:
             raise
 
     async def _follow(self, feed: Feed) -> None:
+        """Wait until what others say here is heard, or until the broker says that it cannot be now.
+
+        Without it nobody is refused: the broker keeps the wish, and until it is
+        fulfilled the sweep looks for what was missed.
+        """
         if feed.following is None:
-            feed.following = self.spawn(self.broker.follow(feed.channel), f"follow {feed.channel}")
+            feed.following = self.spawn(self._follow_broker(feed.channel), f"follow {feed.channel}")
+        await asyncio.shield(feed.following)
+
+    async def _follow_broker(self, channel: str) -> None:
         try:
-            await asyncio.shield(feed.following)
-        except Unavailable:
-            feed.following = None
-            raise
+            await self.broker.follow(channel)
+            self._follow_failed = False
+        except Unavailable as error:
+            if not self._follow_failed:  # once, however many subscribe meanwhile
+                event("broker.unavailable", why=error)
+            self._follow_failed = True
 
     def settle(self, subscription: Subscription, top: Position | None) -> None:
         """Let a subscription that has been replied to go live, or catch up until it can.
@@ -496,7 +625,7 @@ class Node:
         if feed is None or cursor is None:
             return Step.LIVE
         since = cursor.position
-        page = self.hub.recall(feed, since) or await self._page(feed, since.offset)
+        page = self.hub.recall(feed, since, self.now_ms) or await self._page(feed, since.offset)
         if subscription.closed:
             return Step.LIVE
         caught = catch_up(since, page)
@@ -536,88 +665,124 @@ class Node:
         except Unavailable as error:
             event("broker.unavailable", why=error)
 
-    # --- presence, joins and leaves --------------------------------------------
-    async def enter(self, subscription: Subscription) -> None:
-        """Enter a subscription into presence if its channel keeps that; raises ``errors.Unavailable``."""
-        if not subscription.present or subscription.closed:
-            return
-        channel, client = subscription.channel, subscription.info.client
-        before = self._exits.get((channel, client))
-        if before is not None:
-            await asyncio.shield(before)  # else its removal would take us out again
-        await self.presence.add(channel, subscription.info)
-        self._ghosts.discard((channel, client))
-        if subscription.closed:
-            await self.presence.remove(channel, client)
-
-    def say_join(self, subscription: Subscription) -> None:
-        """Tell the channel that somebody subscribed, if it emits joins; after the reply."""
-        if subscription.leaves_word:
-            subscription.joined = True
-            self.hub.tell(subscription.channel, "join", subscription.info)
-            self.broker.announce(Joined(subscription.channel, subscription.info))
-
-    def exit(self, subscription: Subscription) -> asyncio.Task[None]:
-        """Take a subscription that was released out of presence, then say the leave; returns the task that does so."""
-        key = subscription.channel, subscription.info.client
-        task = self._exits[key] = self.spawn(self._exit(subscription), f"exit {subscription.channel}")
-        task.add_done_callback(lambda _: self._exits.pop(key) if self._exits.get(key) is task else None)
-        return task
-
-    async def _exit(self, subscription: Subscription) -> None:
-        channel, client = subscription.channel, subscription.info.client
-        if subscription.present:
-            try:
-                await self.presence.remove(channel, client)
-            except Unavailable as error:
-                event("presence.unavailable", why=error)
-                self._ghosts.add((channel, client))
-        if subscription.joined:
-            self.say_leave(subscription.channel, subscription.info)
-
-    def say_leave(self, channel: str, info: ClientInfo) -> None:
-        """Tell the channel that somebody is gone."""
-        self.hub.tell(channel, "leave", info)
-        self.broker.announce(Left(channel, info))
-
-    async def _keep_presence(self) -> None:
-        now = self.clock()
-        try:
-            if not await self.presence.renew(now):
-                for feed in list(self.hub.feeds.values()):
-                    for subscription in list(feed.subscriptions()):
-                        if subscription.present and not subscription.closed:
-                            await self.enter(subscription)
-                            if subscription.joined and not subscription.closed:
-                                self.say_join(subscription)  # the others were told that it left
-            for channel, client in list(self._ghosts):
-                await self.presence.remove(channel, client)
-                self._ghosts.discard((channel, client))
-            for channel, info in await self.presence.sweep(self.clock()):
-                namespace = self.channels.namespace(channel)
-                if namespace is not None and namespace.options.join_leave:
-                    self.say_leave(channel, info)
-        except Unavailable as error:
-            event("presence.unavailable", why=error)
-
     # --- orders ---------------------------------------------------------------
-    def order(self, order: wires.Order) -> None:
-        """Carry out an order here and have the other processes do so, too."""
-        self.obey(order)
-        self.broker.order(order)
+    async def order(self, order: orders.Order) -> None:
+        """Carry out an order here and everywhere else.
 
-    def obey(self, order: wires.Order) -> None:
-        """Carry out an order on the connections of this process."""
+        Raises ``errors.Unavailable`` if a process that is alive has not answered
+        in time, or if none can be asked; they are asked again for a minute.
+        """
+        self.obey(order)
+        await self.ask(order)
+
+    def order_soon(self, order: orders.Order) -> None:
+        """As ``order``, by somebody who does not wait for the others."""
+        self.obey(order)
+        self.peers.ask(orders.encode(order))
+
+    async def ask(self, question: orders.Question, to: str = "") -> dict[str, bytes]:
+        """Ask the node ``to``, or all others; returns the answers by node id, raises as ``order``.
+
+        What is neither an order nor ``Forget`` is of no use later, and not asked again then.
+        """
+        asked = self.peers.ask(orders.encode(question), to)
+        try:
+            silent = await asked.answered(ORDER_PATIENCE_S, self.peers.silent)
+        finally:
+            if not isinstance(question, orders.Order | orders.Forget):
+                self.peers.give_up(asked)
+        why = self.troubled.get("broker")
+        if why and (silent or not asked.answers):  # who fell silent may be alive, and so may who is not known
+            raise Unavailable(f"other processes cannot be asked: {why}")
+        if not all(map(self.peers.silent, silent)) or (to and silent):
+            raise Unavailable(f"{len(silent)} other processes have not answered within {ORDER_PATIENCE_S:g} s")
+        return asked.answers
+
+    def _answer(self, body: bytes, asked_at: float) -> bytes:
+        """Carry out what another process asked; a fault of ours in it is logged, and answered with nothing."""
+        try:
+            question = orders.decode(body)
+        except msgspec.DecodeError as error:
+            event("broker.unreadable", why=error)
+            return b""
+        try:
+            match question:
+                case orders.ChannelsQuestion(pattern):
+                    return _encode(self.followed(pattern))
+                case orders.ConnectionsQuestion(target):
+                    return _encode([session.client for session in self.targeted(target)])
+                case orders.Forget(channel):
+                    self._forget(channel)
+                    return b""
+                case orders.Emulated(session, data):
+                    return self.hand_over(session, data)
+                case _:
+                    self.obey(question, asked_at)
+                    return b""
+        except Exception as fault:
+            event("task.failed", task=f"answer {type(question).__name__}", fault=fault)
+        return b""
+
+    def hand_over(self, session: str, data: bytes) -> bytes:
+        """Give commands to the emulated session that holds its stream here, if there is one (PROTOCOL 2.5)."""
+        take = self.streams.get(session)
+        if take is not None:
+            take(data)
+        return b""
+
+    def obey(self, order: orders.Order, asked_at: float = math.inf) -> None:
+        """Carry out an order on the connections of this process that were here when it was given.
+
+        ``asked_at`` is that time by the loop's clock; an order that comes late does
+        not mean who has come since.
+        """
         for session in self.targeted(order.target):
+            if self._newcomers.get(session.client, -math.inf) > asked_at:
+                continue
             match order:
-                case wires.DisconnectOrder(_, code, reason):
+                case orders.DisconnectOrder(_, code, reason):
                     session.disconnect(Disconnect(code, reason), "ordered by the back-end API")
-                case wires.SubscribeOrder():
+                case orders.SubscribeOrder():
                     session.subscribe_by_order(order)
-                case wires.UnsubscribeOrder(_, channel):
+                case orders.UnsubscribeOrder(_, channel):
                     session.unsubscribe_by_order(channel)
-                case wires.RefreshOrder():
+                case orders.RefreshOrder():
                     session.refresh_by_order(order)
+
+    def followed(self, pattern: str = "") -> dict[str, int]:
+        """How many are subscribed here, by channel, of those whose names match ``pattern`` (PROTOCOL 15.2).
+
+        Raises ``ValueError`` for what is no pattern.
+        """
+        matches = matcher(pattern)
+        return {channel: feed.size + len(feed.catching) for channel, feed in self.hub.feeds.items() if matches(channel)}
+
+    def _facts(self) -> bytes:
+        """What this process says of itself."""
+        return _encode(self.facts)
+
+    @property
+    def facts(self) -> "Facts":
+        """What this process is and holds (PROTOCOL 15.2, info)."""
+        feeds = self.hub.feeds.values()
+        return Facts(
+            self.id,
+            self.name,
+            __version__,
+            len(self.sessions),
+            len(self.users),
+            len(feeds),
+            sum(feed.size + len(feed.catching) for feed in feeds),
+            int(self.clock() - self.started_at),
+        )
+
+    def everybody(self) -> "list[Facts]":
+        """This process and all others that are alive, as they last said."""
+        found = [self.facts]
+        for peer in self.peers.all.values():
+            with suppress(msgspec.DecodeError):  # of another version; it is there all the same
+                found.append(msgspec.msgpack.decode(peer.facts, type=Facts))
+        return found
 
     # --- once a second ----------------------------------------------------------
     def sweep(self, now: float) -> None:
@@ -626,18 +791,30 @@ class Node:
             self._rewind(self._swept_at - now)
         self._swept_at = now
         for session in self.timetable.due(now):
-            session.tick(now)
+            try:
+                session.tick(now)
+            except Exception as fault:  # the others' time has come as well
+                event("sweep.failed", fault=fault)
+        self._forget_newcomers()
         self.hub.sweep()
         tops, self._tops = self._tops, {}
         for channel, top in tops.items():
             self.broker.announce(Published(channel, top))
-        if now >= self._next_tops:
+        self.peers.tick(self._facts())
+        if now >= self._next_tops or self.broker.trouble:
             self._next_tops = now + TOPS_S
             self.check_all()
         if now >= self._next_renewal:
             self._next_renewal = now + self.settings.presence.lease / 4
-            self._once("keep presence", self._keep_presence)
-        self._once("sweep history", self._sweep_history)
+            self.tasks.once("renew presence", self.members.renew)
+        self.tasks.once("sweep presence", self.members.sweep)
+        self.tasks.once("sweep history", self._sweep_history)
+
+    def _forget_newcomers(self) -> None:
+        """Who has been here for longer than orders are repeated is meant by any of them."""
+        oldest = asyncio.get_running_loop().time() - 2 * OWED_S
+        for client in [client for client, _ in takewhile(lambda came: came[1] < oldest, self._newcomers.items())]:
+            del self._newcomers[client]
 
     def _rewind(self, seconds: float) -> None:
         """The clock was set back: nothing waits until it is then again."""
@@ -651,12 +828,21 @@ class Node:
         except Unavailable as error:
             event("history.unavailable", why=error)
 
-    def _once(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Start ``work`` unless it is still running from an earlier sweep."""
-        if name in self._busy:
-            return
-        self._busy.add(name)
-        self.spawn(work(), name).add_done_callback(lambda _: self._busy.discard(name))
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Facts(msgspec.Struct):
+    """One process, as it says itself (PROTOCOL 15.2, info); ``uptime`` in seconds."""
+
+    uid: str
+    name: str
+    version: str
+    num_clients: int
+    num_users: int
+    num_channels: int
+    num_subs: int
+    uptime: int
 
 
 NEWEST = MAX_OFFSET

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from server.errors import Disconnect
+from server.protocol import CODECS, Codec
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -27,7 +28,8 @@ class Request(msgspec.Struct, frozen=True):
 
     ``format`` is ``"json"`` or ``"protobuf"``; ``headers`` holds the wanted ones
     only, by lower-case name; with ``native_pings`` the client asked for pings of
-    the transport instead of PROTOCOL 2.4's.
+    the transport instead of PROTOCOL 2.4's.  ``secret`` is a session id, where the
+    transport has such a thing: whoever knows it may speak for the client.
     """
 
     transport: str
@@ -35,6 +37,7 @@ class Request(msgspec.Struct, frozen=True):
     remote_addr: str
     headers: Mapping[str, str]
     native_pings: bool = False
+    secret: str = ""
 
 
 class Wire(ABC):
@@ -44,6 +47,11 @@ class Wire(ABC):
 
     format: str
     """``"json"`` or ``"protobuf"``."""
+
+    @property
+    def codec(self) -> Codec:
+        """What its messages are made with; that of its format, unless the kind has one of its own."""
+        return CODECS[self.format]
 
     @abstractmethod
     def frame(self, message: bytes) -> bytes:

@@ -17,6 +17,7 @@ _PACKAGE = "centrifugal.centrifuge.protocol"
 
 # One message a line, fields as "number name:type"; [] repeats, {} maps from string.
 _SCHEMA = """
+EmulationRequest: 1 node:s, 2 session:s, 3 data:y
 Error: 1 code:u32, 2 message:s, 3 temporary:b
 Command: 1 id:u32, 4 connect:ConnectRequest, 5 subscribe:SubscribeRequest, 6 unsubscribe:ChannelRequest, 7 publish:PublishRequest, 8 presence:ChannelRequest, 9 presence_stats:ChannelRequest, 10 history:HistoryRequest, 11 ping:Empty, 12 send:SendRequest, 13 rpc:RPCRequest, 14 refresh:RefreshRequest, 15 sub_refresh:SubRefreshRequest
 Reply: 1 id:u32, 2 error:Error, 4 push:Push, 5 connect:ConnectResult, 6 subscribe:SubscribeResult, 7 unsubscribe:Empty, 8 publish:Empty, 9 presence:PresenceResult, 10 presence_stats:PresenceStatsResult, 11 history:HistoryResult, 12 ping:Empty, 13 rpc:RPCResult, 14 refresh:RefreshResult, 15 sub_refresh:Refresh
@@ -103,9 +104,10 @@ def _build() -> dict[str, type[Message]]:
 
 _CLASSES = _build()
 Command: Any = _CLASSES["Command"]
+EmulationRequest: Any = _CLASSES["EmulationRequest"]
 Reply: Any = _CLASSES["Reply"]
 
-__all__ = ["Command", "DecodeError", "Reply", "prefixed", "split"]
+__all__ = ["Command", "DecodeError", "EmulationRequest", "Reply", "prefixed", "split"]
 
 
 def prefixed(message: bytes) -> bytes:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from server import protobuf, stream
+from server import errors, protobuf, stream
 from server.errors import MALFORMED, Disconnected, Refusal
 
 MAX_OFFSET = 2**63 - 1
@@ -114,6 +114,14 @@ class SubRefreshRequest(msgspec.Struct):
     channel: str = ""
     token: str = ""
     type: int = 0
+
+
+class EmulationRequest(msgspec.Struct):
+    """PROTOCOL 2.5: commands for the session whose stream the process ``node`` holds."""
+
+    node: str
+    session: str
+    data: str
 
 
 class Command(msgspec.Struct):
@@ -245,6 +253,13 @@ class Unsubscribe(msgspec.Struct):
     reason: str
 
 
+class Disconnect(msgspec.Struct):
+    """PROTOCOL 5.8."""
+
+    code: int
+    reason: str
+
+
 class Subscribe(msgspec.Struct, omit_defaults=True):
     """PROTOCOL 5.6."""
 
@@ -340,6 +355,8 @@ class Codec(ABC):
 
     format: str
     ping: bytes
+    one_way = False
+    """Does the client only listen, once it has said who it is?  PROTOCOL 2.6."""
 
     @abstractmethod
     def decode(self, batch: bytes) -> list[Command]:
@@ -356,6 +373,10 @@ class Codec(ABC):
     @abstractmethod
     def push(self, channel: str, kind: str, body: Body) -> bytes:
         """What comes unasked (PROTOCOL 5)."""
+
+    def disconnect(self, disconnect: errors.Disconnect) -> bytes:
+        """The last push, where the transport itself has no way to say why it ends (PROTOCOL 5.8)."""
+        return self.push("", "disconnect", Disconnect(disconnect.code, disconnect.reason))
 
 
 def _malformed(why: str) -> Disconnected:
@@ -405,6 +426,36 @@ class JsonCodec(Codec):
 @lru_cache(maxsize=4096)
 def _quoted(channel: str) -> bytes:
     return msgspec.json.encode(channel)
+
+
+class OneWayCodec(JsonCodec):
+    """PROTOCOL 2.6: what the client says is one request to connect, and all it hears are bare pushes."""
+
+    one_way = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._decode_request = msgspec.json.Decoder(ConnectRequest).decode
+
+    def decode(self, batch: bytes) -> list[Command]:
+        """The one command that such a client has; raises as ``Codec.decode``."""
+        try:
+            return [Command(id=1, connect=self._decode_request(batch))]
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _malformed(f"not a request to connect: {error}") from None
+
+    def reply(self, id: int, method: str, result: Body) -> bytes:
+        """A reply becomes a push of the same name."""
+        return self.push("", method, result)
+
+    def refusal(self, id: int, refusal: Refusal) -> bytes:
+        """There is none: whoever refuses such a client must end its connection (PROTOCOL 2.6)."""
+        raise TypeError(f"a refusal {refusal.code} for a one-way client, expected a disconnect")
+
+    def push(self, channel: str, kind: str, body: Body) -> bytes:
+        """See ``Codec.push``."""
+        name = b'"channel":%s,' % _quoted(channel) if channel else b""
+        return b'{%s"%s":%s}' % (name, kind.encode(), self._encode(body))
 
 
 class ProtobufCodec(Codec):
@@ -511,6 +562,27 @@ def _struct(message: Any, kind: type[T]) -> T:
     return kind(**values)
 
 
+_emulation = msgspec.json.Decoder(EmulationRequest)
+
+
+def emulation_request(format: str, body: bytes) -> tuple[str, str, bytes]:
+    """Node, session and commands of a request to ``/emulation`` (PROTOCOL 2.5); raises ``ValueError``."""
+    try:
+        if format == "protobuf":
+            found = protobuf.EmulationRequest.FromString(body)
+            node, session, data = found.node, found.session, found.data
+        else:
+            request = _emulation.decode(body)
+            node, session, data = request.node, request.session, request.data.encode()
+    except (msgspec.DecodeError, protobuf.DecodeError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"expected node, session and data: {error}") from None
+    for name, value in (("node", node), ("session", session), ("data", data)):
+        if not value:
+            raise ValueError(f"expected node, session and data: {name} is empty")
+    return node, session, data
+
+
 JSON = JsonCodec()
 PROTOBUF = ProtobufCodec()
+ONE_WAY = OneWayCodec()
 CODECS: dict[str, Codec] = {codec.format: codec for codec in (JSON, PROTOBUF)}

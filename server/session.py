@@ -17,29 +17,35 @@ import math
 import random
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from server import broker as wires
-from server import protocol
+from server import orders, protocol
 from server.auth import Verifier
 from server.channels import Identity
 from server.errors import (
     CONNECTION_EXPIRED,
+    EXPIRED,
+    FORBIDDEN,
     INAPPROPRIATE_PROTOCOL,
     INSUFFICIENT_STATE,
     INTERNAL,
     LIMIT_EXCEEDED,
     MALFORMED,
     NO_PONG,
+    PERMISSION_DENIED,
+    RATE_LIMITED,
+    SERVER_ERROR,
     SERVER_UNSUBSCRIBE,
     SLOW,
     STALE,
     SUBSCRIPTION_EXPIRED,
+    TOKEN_EXPIRED,
     TOO_MANY_ERRORS,
+    TOO_MANY_REQUESTS,
     UNSUBSCRIBE_EXPIRED,
     UNSUBSCRIBE_INSUFFICIENT_STATE,
     Disconnect,
@@ -67,6 +73,14 @@ LOGGED_REFUSALS = 20
 REFUSALS = 1000
 """Refusals in a row of which the log has each, and after which the client is disconnected with 3509."""
 
+INSTEAD = {
+    TOKEN_EXPIRED.code: CONNECTION_EXPIRED,
+    EXPIRED.code: CONNECTION_EXPIRED,
+    TOO_MANY_REQUESTS.code: RATE_LIMITED,
+    PERMISSION_DENIED.code: FORBIDDEN,
+}
+"""How a one-way client is told that connect was refused, by the refusal's code; any other is 3004 (PROTOCOL 2.6)."""
+
 TURN = 200
 """Commands out of one client's inbox that are answered in one loop turn before others have theirs."""
 
@@ -89,6 +103,28 @@ class Gate(msgspec.Struct, frozen=True):
     keys: Keys
 
 
+class Entrant(Protocol):
+    """Whoever wants to be somebody here and to be let in somewhere: a session, or the caller of one request.
+
+    What is found out about it is written into it (``commands.identify``).
+    """
+
+    node: Node
+    gate: Gate
+    request: Request
+    client: str
+    user: str
+    identity: Identity
+    info: ClientInfo
+    handle: Client | None
+    expire_at: int
+    granted: frozenset[str]
+
+    @property
+    def subscriptions(self) -> Container[str]:
+        """The channels that it is subscribed to, or counts as subscribed to."""
+
+
 Carrying = Coroutine[Any, Any, None] | None
 """What is to be awaited for a command, or ``None`` if it has been answered."""
 
@@ -97,7 +133,8 @@ class Skills(msgspec.Struct, frozen=True):
     """What sessions can do; ``server.commands`` has them, so that a session need not know its commands."""
 
     methods: "Mapping[str, Callable[[Session, Command], Carrying]]"
-    subscribe_by_order: "Callable[[Session, wires.SubscribeOrder], Coroutine[Any, Any, None]]"
+    subscribe_by_order: "Callable[[Session, orders.SubscribeOrder], Coroutine[Any, Any, None]]"
+    renew: "Callable[[Session, float], None]"
 
 
 class Session:
@@ -123,6 +160,7 @@ class Session:
         "node",
         "outbox",
         "request",
+        "secret",
         "state",
         "subscriptions",
         "user",
@@ -136,6 +174,7 @@ class Session:
         self.request = request
         self.client = str(uuid.uuid4())
         self.user = ""
+        self.secret = request.secret
         self.identity = Identity()
         self.info = ClientInfo("", self.client)
         self.state = State.NEW
@@ -190,9 +229,15 @@ class Session:
         if self.closed:
             return
         try:
-            commands = protocol.CODECS[self.outbox.wire.format].decode(message)
+            commands = self.outbox.wire.codec.decode(message)
         except Disconnected as end:
             self.disconnect(end.disconnect, end.why)
+        else:
+            self.take(commands)
+
+    def take(self, commands: Sequence[Command]) -> None:
+        """Take commands of the client, at least one; never waits, never raises."""
+        if self.closed:
             return
         now = self.node.clock()
         inbox = self._inbox
@@ -281,6 +326,9 @@ class Session:
             case _:
                 refusal = INTERNAL
                 event("command.failed", client=self.client, method=method, fault=error)
+        if self.outbox.wire.codec.one_way:
+            self.disconnect(INSTEAD.get(refusal.code, SERVER_ERROR), f"instead of the error {refusal.code}")
+            return
         if method == "connect":
             self.state = State.REJECTED
             self._inbox = None
@@ -288,7 +336,7 @@ class Session:
                 self._paused = False
                 self.outbox.resume_reading()
         if command.id:
-            self.write(protocol.CODECS[self.outbox.wire.format].refusal(command.id, refusal))
+            self.write(self.outbox.wire.codec.refusal(command.id, refusal))
         if self._refusals >= REFUSALS:
             self.disconnect(TOO_MANY_ERRORS, f"{REFUSALS} refusals in a row")
 
@@ -316,11 +364,11 @@ class Session:
     def reply(self, command: Command, method: str, result: protocol.Body = protocol.EMPTY) -> None:
         """Answer a command."""
         self._refusals = 0
-        self.write(protocol.CODECS[self.outbox.wire.format].reply(command.id, method, result))
+        self.write(self.outbox.wire.codec.reply(command.id, method, result))
 
     def push(self, channel: str, kind: str, body: protocol.Body) -> None:
         """Say something unasked (PROTOCOL 5)."""
-        self.write(protocol.CODECS[self.outbox.wire.format].push(channel, kind, body))
+        self.write(self.outbox.wire.codec.push(channel, kind, body))
 
     def write(self, message: bytes) -> None:
         """Send one encoded message, in order behind the publications of this loop turn."""
@@ -343,7 +391,7 @@ class Session:
         if not subscription.closed:
             self.release(subscription)
             if subscription.present or subscription.leaves_word:
-                self.node.exit(subscription)
+                self.node.members.exit(subscription)
 
     def release(self, subscription: Subscription) -> None:
         """Take a subscription that is no longer ours out of the hub, and have the user's module told."""
@@ -372,7 +420,7 @@ class Session:
             if not channel or subscription.channel == channel:
                 self._end_subscription(subscription, SERVER_UNSUBSCRIBE)
 
-    def subscribe_by_order(self, order: wires.SubscribeOrder) -> None:
+    def subscribe_by_order(self, order: orders.SubscribeOrder) -> None:
         """Subscribe server-side; no effect if already subscribed."""
         if order.channel in self.subscriptions or self.state is not State.CONNECTED:
             return
@@ -383,7 +431,7 @@ class Session:
         else:
             self.node.spawn(self._skills.subscribe_by_order(self, order), f"subscribe {self.client}")
 
-    def refresh_by_order(self, order: wires.RefreshOrder) -> None:
+    def refresh_by_order(self, order: orders.RefreshOrder) -> None:
         """Move the connection's expiry, or end it as expired."""
         if order.expired:
             self.disconnect(CONNECTION_EXPIRED, "ordered by the back-end API")
@@ -392,8 +440,9 @@ class Session:
         if order.info is not None:
             self.renew_info(order.info)
         self.plan()
-        ttl = ttl_s(order.expire_at, self.node.clock())
-        self.push("", "refresh", protocol.RefreshResult(bool(order.expire_at), ttl))
+        if not self.renewed_here():
+            ttl = ttl_s(order.expire_at, self.node.clock())
+            self.push("", "refresh", protocol.RefreshResult(bool(order.expire_at), ttl))
 
     def renew_info(self, conn_info: bytes | None) -> None:
         """Show others ``conn_info`` from now on, also where the client is subscribed and present; PROTOCOL 4.9."""
@@ -403,7 +452,7 @@ class Session:
         self.info = ClientInfo(self.user, self.client, conn_info)
         for subscription in self.subscriptions.values():
             subscription.info = msgspec.structs.replace(subscription.info, conn_info=conn_info)
-            self.node.spawn(self.node.enter(subscription), f"enter {subscription.channel}")
+            self.node.spawn(self.node.members.enter(subscription), f"enter {subscription.channel}")
 
     # --- time ------------------------------------------------------------------------
     def _pong(self, command: Command) -> None:
@@ -434,6 +483,7 @@ class Session:
                 self.disconnect(NO_PONG, f"no pong within client.pong_timeout ({settings.pong_timeout:g} s)")
                 return
             self._pong_by = now + settings.pong_timeout
+        self._skills.renew(self, now)
         if self.expire_at and now >= self.expire_at + settings.expired_close_delay:
             self.disconnect(CONNECTION_EXPIRED, "the token expired and was not refreshed")
             return
@@ -441,12 +491,18 @@ class Session:
             return
         if now >= self.next_ping:
             self.next_ping = now + settings.ping_interval
-            self._pong_by = now + settings.pong_timeout
-            if self.request.native_pings:
-                self.outbox.send(self.outbox.ping_frame())
-            else:
-                self.write(protocol.CODECS[self.outbox.wire.format].ping)
+            self._ping(now)
         self.plan()
+
+    def _ping(self, now: float) -> None:
+        """Ping, and expect a pong of whoever can say one: of a one-way client its transport, if that can."""
+        codec, native = self.outbox.wire.codec, self.request.native_pings
+        if native:
+            self.outbox.send(self.outbox.ping_frame())
+        if not native or codec.one_way:
+            self.write(codec.ping)
+        if native or not codec.one_way:
+            self._pong_by = now + self.node.settings.client.pong_timeout
 
     def rewind(self, seconds: float) -> None:
         """The clock was set back by so much: so is all that is due."""
@@ -461,11 +517,28 @@ class Session:
         """End the subscriptions that expired before ``until``; false if that ended the connection."""
         expired = [sub for sub in self.subscriptions.values() if sub.expire_at and sub.expire_at <= until]
         for subscription in expired:
-            if subscription.server_side:
-                self.disconnect(SUBSCRIPTION_EXPIRED, f"the subscription of {subscription.channel!r} expired")
+            self.expire(subscription)
+            if self.closed:
                 return False
-            self._end_subscription(subscription, UNSUBSCRIBE_EXPIRED)
         return True
+
+    def expire(self, subscription: Subscription) -> None:
+        """End a subscription that has expired, or with a server-side one the connection; PROTOCOL 8.4."""
+        if subscription.server_side:
+            self.disconnect(SUBSCRIPTION_EXPIRED, f"the subscription of {subscription.channel!r} expired")
+        else:
+            self._end_subscription(subscription, UNSUBSCRIBE_EXPIRED)
+
+    def renewed_here(self, subscription: Subscription | None = None) -> bool:
+        """Is somebody else asked when the connection, or a subscription, expires, so that its client need not refresh?
+
+        PROTOCOL 16.2, 16.5.
+        """
+        if self.node.hooks is None:
+            return False
+        if subscription is None:
+            return self.node.hooks.find("refreshing") is not None
+        return self.node.hooks.find("sub_refreshing", subscription.namespace.name) is not None
 
     def plan(self) -> None:
         """Enter into the timetable when this session next has something due."""
@@ -474,10 +547,11 @@ class Session:
         settings = self.node.settings.client
         due = min(self.next_ping, self._pong_by)
         if self.expire_at:
-            due = min(due, self.expire_at + settings.expired_close_delay)
+            due = min(due, self.expire_at + (0 if self.renewed_here() else settings.expired_close_delay))
         for subscription in self.subscriptions.values():
             if subscription.expire_at:
-                due = min(due, subscription.expire_at + settings.expired_sub_close_delay)
+                delay = 0 if self.renewed_here(subscription) else settings.expired_sub_close_delay
+                due = min(due, subscription.expire_at + delay)
         if due < math.inf:
             self.node.timetable.put(self, due)
 
@@ -501,6 +575,7 @@ class Session:
         self.node.connections -= 1
         self.node.timetable.remove(self)
         self.node.dismiss(self)
+        self.node.streams.pop(self.secret, None)
         self.leave_all()
         if self.node.hooks is not None:
             self.node.hooks.ended(self.handle)
@@ -511,7 +586,7 @@ class Session:
         for subscription in subscriptions.values():
             self.release(subscription)
             if subscription.present or subscription.leaves_word:
-                self.node.exit(subscription)
+                self.node.members.exit(subscription)
 
 
 def ttl_s(expire_at: int, now: float) -> int:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
     AfterValidator,
@@ -49,6 +50,7 @@ class Kind:
     secret: bool = False
 
 
+HEADER_NAME = r"[-!#$%&'*+.^_`|~0-9A-Za-z]+"
 NANOSECONDS = {
     "ns": 1,
     "us": 10**3,
@@ -131,6 +133,16 @@ def _matching(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _url(value: str) -> str:
+    try:
+        fits = re.fullmatch(r"|https?://[^\s/]\S*", value) and (urlsplit(value).port or True)
+    except ValueError:  # no port, or half an IPv6 address
+        fits = False
+    if not fits:
+        raise ValueError('a URL that begins with "https://" or "http://"')
+    return value
+
+
 def _regex(value: str) -> str:
     try:
         re.compile(value)
@@ -171,6 +183,52 @@ def _hide(value: str) -> str:
     return "***" if value else ""
 
 
+def _hide_login(value: str) -> str:
+    """An address as it may be shown: who one is there, and what stands in the query, may be a secret."""
+    url = urlsplit(value)
+    login, _, place = url.netloc.rpartition("@")
+    return urlunsplit(url._replace(netloc=f"***@{place}" if login else place, query=_hide(url.query)))
+
+
+def _hide_values(value: dict[str, str]) -> dict[str, str]:
+    return {name: _hide(text) for name, text in value.items()}
+
+
+OWN_HEADERS = frozenset(
+    (
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+"""What a request to a back end has of its own, so that no client's may take its place (RFC 9110 7.6.1)."""
+
+
+def _forwardable(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(HEADER_NAME, name) or name.lower() in OWN_HEADERS:
+            raise ValueError(f"names of HTTP headers other than {', '.join(sorted(OWN_HEADERS))}")
+    return names
+
+
+def _headers(value: object) -> dict[str, str]:
+    # The whole of it is judged here, since a fault inside of an object that is no section would have no name.
+    headers = value if isinstance(value, Mapping) else {"": ""}
+    for name, text in headers.items():
+        good = isinstance(name, str) and re.fullmatch(HEADER_NAME, name) and name.lower() not in OWN_HEADERS
+        if not good or not isinstance(text, str) or not re.fullmatch(r"[\t -~]*", text):
+            raise ValueError(f"texts by the names of HTTP headers other than {', '.join(sorted(OWN_HEADERS))}")
+    return dict(headers)
+
+
 Integer = Annotated[int, BeforeValidator(_no_boolean)]
 Seconds = Annotated[
     float,
@@ -192,11 +250,45 @@ Secret = Annotated[
 ]
 Regex = Annotated[str, AfterValidator(_regex), Kind("a regular expression")]
 HandlerPrefix = Annotated[str, AfterValidator(_handler_prefix), Kind("a path")]
-Url = Annotated[str, _matching(r"|https?://[^\s/]\S*", 'a URL that begins with "https://" or "http://"'), Kind("a URL")]
+Url = Annotated[
+    str,
+    AfterValidator(_url),
+    Field(repr=False),
+    PlainSerializer(_hide_login, return_type=str, when_used="json"),
+    Kind("a URL", secret=True),
+]
+MongoUrl = Annotated[
+    str,
+    _matching(r"|mongodb(\+srv)?://\S+", 'a URL that begins with "mongodb://" or "mongodb+srv://"'),
+    Field(repr=False),
+    PlainSerializer(_hide, return_type=str, when_used="json"),
+    Kind("a URL", secret=True),
+]
+RedisUrl = Annotated[
+    str,
+    _matching(
+        r"|rediss?(\+sentinel|\+cluster)?://\S+",
+        'a URL that begins with "redis://", "redis+sentinel://" or "redis+cluster://" (with "rediss" for TLS)',
+    ),
+    Field(repr=False),
+    PlainSerializer(_hide, return_type=str, when_used="json"),
+    Kind("a URL", secret=True),
+]
 HeaderName = Annotated[str, _matching(r"[-!#$%&'*+.^_`|~0-9A-Za-z]*", "the name of an HTTP header")]
+HeaderNames = Annotated[tuple[str, ...], AfterValidator(_forwardable), Kind("a list of strings")]
+Headers = Annotated[
+    dict[str, str],
+    BeforeValidator(_headers),
+    Field(repr=False),
+    PlainSerializer(_hide_values, return_type=dict[str, str], when_used="json"),
+    Kind("an object of strings by header", secret=True),
+]
 ClaimName = Annotated[str, _matching(r"[a-zA-Z_]*", 'a claim\'s name of letters and "_"')]
 Symbol = Annotated[str, _matching(r"[!-~]+", "one or more printable ASCII characters, no space")]
 NamespaceName = Annotated[
+    str, _matching(r"[-a-zA-Z0-9_.]{2,}", 'a name of two or more letters, digits, "-", "_" and "."'), Kind("a name")
+]
+ProxyName = Annotated[
     str, _matching(r"[-a-zA-Z0-9_.]{2,}", 'a name of two or more letters, digits, "-", "_" and "."'), Kind("a name")
 ]
 Address = Annotated[str, _matching(r"\S*", "an IP address or a host name")]
@@ -285,6 +377,97 @@ class SubscriptionTokenSettings(TokenSettings):
     )
 
 
+class ToErrorSettings(Section):
+    """An error that a client gets instead."""
+
+    code: Integer = Field(default=0, ge=0, le=2**32 - 1, description="Code of the error, from 400 to 1999; 0: none.")
+    message: str = Field(default="", description="What the error says.")
+    temporary: bool = Field(default=False, description="May an SDK try again?")
+
+
+class ToDisconnectSettings(Section):
+    """A disconnect that a client gets instead."""
+
+    code: Integer = Field(
+        default=0, ge=0, le=4999, description="Code of the disconnect; from 4000 to 4499 clients come back; 0: none."
+    )
+    reason: str = Field(default="", description="Why, in 1 to 123 characters of ASCII.")
+
+
+class StatusTransformSettings(Section):
+    """What becomes of one HTTP status of a back end."""
+
+    status_code: Integer = Field(default=0, ge=0, le=599, description="The HTTP status that this is for.")
+    to_error: ToErrorSettings = Field(default_factory=ToErrorSettings, description="The error it becomes.")
+    to_disconnect: ToDisconnectSettings = Field(
+        default_factory=ToDisconnectSettings, description="The disconnect it becomes."
+    )
+
+
+class ProxyHttpSettings(Section):
+    """What requests to a back end look like."""
+
+    static_headers: Headers = Field(
+        default_factory=dict, description="Headers of every request, unless a client's of the same name is passed on."
+    )
+    status_to_code_transforms: Annotated[tuple[StatusTransformSettings, ...], Kind("a list of objects")] = Field(
+        default=(), description="What a status other than 200 becomes, where that is not error 100."
+    )
+
+
+class ProxySettings(Section):
+    """A back end that is asked (PROTOCOL 16)."""
+
+    endpoint: Url = Field(
+        default="", description="URL that is asked by POST; its other options are those of client.proxy.connect."
+    )
+    timeout: Seconds = Field(default=1.0, gt=0.0, description="Time to answer, else error 100.")
+    http_headers: HeaderNames = Field(
+        default=(), description="Headers of the client's own request that are passed on, such as Cookie."
+    )
+    emulated_headers: HeaderNames = Field(
+        default=(), description="Headers that a browser may give with connect, passed on where there is no real one."
+    )
+    include_connection_meta: bool = Field(
+        default=False, description="Pass on the meta of the connection's token or of the connect proxy."
+    )
+    binary_encoding: bool = Field(default=False, description="Pass payloads on in base64 (b64data).")
+    http: ProxyHttpSettings = Field(default_factory=ProxyHttpSettings, description="What its requests look like.")
+
+
+class ClientProxySettings(ProxySettings):
+    """A back end that is asked about every connection."""
+
+    enabled: bool = Field(default=False, description="Ask it.")
+
+
+class NamedProxySettings(ProxySettings):
+    """A back end that namespaces choose by ``name``."""
+
+    name: NamespaceName = Field(description="What …_proxy_name of a namespace chooses it by.")
+
+
+class ClientProxiesSettings(Section):
+    """Who is asked about connections (PROTOCOL 16)."""
+
+    connect: ClientProxySettings = Field(
+        default_factory=ClientProxySettings, description="Asked who a client without token is."
+    )
+    refresh: ClientProxySettings = Field(
+        default_factory=ClientProxySettings, description="Asked when a connection expires, instead of the client."
+    )
+
+
+class ChannelProxiesSettings(Section):
+    """Who is asked about channels, where a namespace says so (PROTOCOL 16)."""
+
+    subscribe: ProxySettings = Field(default_factory=ProxySettings, description="Asked whether a client may subscribe.")
+    publish: ProxySettings = Field(default_factory=ProxySettings, description="Asked whether a client may publish.")
+    sub_refresh: ProxySettings = Field(
+        default_factory=ProxySettings, description="Asked when a subscription expires, instead of the client."
+    )
+
+
 class PersonalChannelSettings(Section):
     """The personal channel of each user (PROTOCOL 9.2)."""
 
@@ -360,6 +543,9 @@ class ClientSettings(Section):
     subscribe_to_user_personal_channel: PersonalChannelSettings = Field(
         default_factory=PersonalChannelSettings, description="The personal channel of each user."
     )
+    proxy: ClientProxiesSettings = Field(
+        default_factory=ClientProxiesSettings, description="Back ends that are asked about connections."
+    )
     token: TokenSettings = Field(default_factory=TokenSettings, description="How tokens are verified.")
     subscription_token: SubscriptionTokenSettings = Field(
         default_factory=SubscriptionTokenSettings, description="A separate set for subscription tokens."
@@ -420,6 +606,22 @@ class ChannelOptions(Section):
     allow_user_limited_channels: bool = Field(
         default=False, description="The users that a channel's name lists may subscribe, and no others."
     )
+    subscribe_proxy_enabled: bool = Field(
+        default=False, description="The back end decides who may subscribe, but for tokens and user-limited names."
+    )
+    subscribe_proxy_name: ProxyName = Field(
+        default="default", description='An entry of proxies; "default" is channel.proxy.subscribe.'
+    )
+    publish_proxy_enabled: bool = Field(default=False, description="The back end decides who may publish what.")
+    publish_proxy_name: ProxyName = Field(
+        default="default", description='An entry of proxies; "default" is channel.proxy.publish.'
+    )
+    sub_refresh_proxy_enabled: bool = Field(
+        default=False, description="The back end, and not the client, is asked when a subscription expires."
+    )
+    sub_refresh_proxy_name: ProxyName = Field(
+        default="default", description='An entry of proxies; "default" is channel.proxy.sub_refresh.'
+    )
     channel_regex: Regex = Field(
         default="", description='Pattern that the name after the namespace must match; "": any ASCII name.'
     )
@@ -460,6 +662,9 @@ class ChannelSettings(Section):
         default="",
         description='What data must be: anything but nothing (""), JSON, a JSON object, or anything at all.',
     )
+    proxy: ChannelProxiesSettings = Field(
+        default_factory=ChannelProxiesSettings, description="Back ends that are asked about channels."
+    )
     without_namespace: ChannelOptions = Field(
         default_factory=ChannelOptions, description="Options of channels without a namespace."
     )
@@ -475,6 +680,20 @@ class HttpApiSettings(Section):
     key: Secret = Field(default="", description="Key that a back end sends; without one every request is refused.")
     insecure: bool = Field(default=False, description="Ask for no key. For development only.")
     handler_prefix: HandlerPrefix = Field(default="/api", description="Path of the API.")
+    error_mode: Literal["", "transport"] = Field(
+        default="", description='How errors are answered: in a 200 body, or ("transport") as the HTTP status.'
+    )
+
+
+class RestSettings(Section):
+    """Channels over plain HTTP, for clients (PROTOCOL 17)."""
+
+    disabled: bool = Field(default=False, description="Offer no REST to clients.")
+    poll_limit: Integer = Field(
+        default=100,
+        ge=0,
+        description="Long-polls that one user may have waiting, or one address without a user (HTTP 429); 0: no limit.",
+    )
 
 
 class WebsocketSettings(Section):
@@ -487,16 +706,103 @@ class WebsocketSettings(Section):
     )
 
 
+class HttpStreamSettings(Section):
+    """The protocol over a streamed response and /emulation (PROTOCOL 2.5)."""
+
+    enabled: bool = Field(default=False, description="Offer the HTTP stream, and with it /emulation.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/http_stream", description="Path of the transport.")
+    max_request_body_size: Integer = Field(
+        default=65_536, ge=1, description="Bytes that the request which opens a stream may have (HTTP 413)."
+    )
+
+
+class SseSettings(Section):
+    """The protocol over an event stream and /emulation (PROTOCOL 2.5)."""
+
+    enabled: bool = Field(default=False, description="Offer the event stream, and with it /emulation.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/sse", description="Path of the transport.")
+    max_request_body_size: Integer = Field(
+        default=65_536, ge=1, description="Bytes that the request which opens a stream may have (HTTP 413)."
+    )
+
+
+class EmulationSettings(Section):
+    """What the clients of http_stream and sse say (PROTOCOL 2.5)."""
+
+    handler_prefix: HandlerPrefix = Field(default="/emulation", description="Path that takes their commands.")
+    max_request_body_size: Integer = Field(default=65_536, ge=1, description="Bytes of one request (HTTP 413).")
+
+
+class UniSseSettings(Section):
+    """One way, as an event stream (PROTOCOL 2.6)."""
+
+    enabled: bool = Field(default=False, description="Offer the one-way event stream.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/uni_sse", description="Path of the transport.")
+    max_request_body_size: Integer = Field(
+        default=65_536, ge=1, description="Bytes that the request which opens a stream may have (HTTP 413)."
+    )
+
+
+class UniHttpStreamSettings(Section):
+    """One way, as a streamed response (PROTOCOL 2.6)."""
+
+    enabled: bool = Field(default=False, description="Offer the one-way HTTP stream.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/uni_http_stream", description="Path of the transport.")
+    max_request_body_size: Integer = Field(
+        default=65_536, ge=1, description="Bytes that the request which opens a stream may have (HTTP 413)."
+    )
+
+
+class UniWebsocketSettings(Section):
+    """One way, as a WebSocket (PROTOCOL 2.6)."""
+
+    enabled: bool = Field(default=False, description="Offer the one-way WebSocket.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/uni_websocket", description="Path of the transport.")
+    message_size_limit: Integer = Field(
+        default=65_536, ge=1, description="Bytes that the first message of a client may have (close code 1009)."
+    )
+
+
+class InitSettings(Section):
+    """A cheap request to make first (PROTOCOL 2.1)."""
+
+    enabled: bool = Field(default=False, description="Answer it.")
+    handler_prefix: HandlerPrefix = Field(default="/connection/init", description="Path of it.")
+
+
 class RpcPingSettings(Section):
     """The remote procedure ``ping``."""
 
     enabled: bool = Field(default=False, description='Answer the remote procedure "ping" with an empty result.')
 
 
+class RpcOptions(Section):
+    """Who carries out the procedures of one namespace."""
+
+    proxy_enabled: bool = Field(default=False, description="The back end carries them out.")
+    proxy_name: ProxyName = Field(default="default", description='An entry of proxies; "default" is rpc.proxy.')
+
+
+class RpcNamespace(RpcOptions):
+    """The options of the procedures whose name begins with ``name`` and the boundary (PROTOCOL 16)."""
+
+    name: NamespaceName = Field(description="What stands before the first rpc.namespace_boundary of a procedure.")
+
+
 class RpcSettings(Section):
     """Remote procedure calls of clients (PROTOCOL 4.7)."""
 
     ping: RpcPingSettings = Field(default_factory=RpcPingSettings, description='The remote procedure "ping".')
+    proxy: ProxySettings = Field(
+        default_factory=ProxySettings, description="Back end that carries out remote procedures, where proxy_enabled."
+    )
+    namespace_boundary: Symbol = Field(default=":", description="What ends the namespace in a procedure's name.")
+    without_namespace: RpcOptions = Field(
+        default_factory=RpcOptions, description="Options of procedures without a namespace."
+    )
+    namespaces: Annotated[tuple[RpcNamespace, ...], Kind("a list of objects")] = Field(
+        default=(), description="Namespaces of procedures, each with a name and any option of rpc.without_namespace."
+    )
 
 
 class AppSettings(Section):
@@ -526,6 +832,36 @@ class SqliteSettings(Section):
     )
 
 
+class MongoSettings(Section):
+    """History in MongoDB, shared by any number of processes."""
+
+    url: MongoUrl = Field(
+        default="", description="Replica set that keeps history, with the driver's options; empty: a local file does."
+    )
+    database: Annotated[str, _matching(r"[-a-zA-Z0-9_]{1,63}", "a database name")] = Field(
+        default="waterspout", description="Database in it."
+    )
+    driver: Literal["motor", "pymongo"] = Field(
+        default="motor", description="Motor, or PyMongo's own asyncio API, its successor."
+    )
+    publish_timeout: Seconds = Field(
+        default=3.0, gt=0.0, description="Time for a publication to be stored, else error 100: outcome unknown."
+    )
+
+
+class RedisSettings(Section):
+    """Word between processes, and presence over all of them; needs mongo.url."""
+
+    url: RedisUrl = Field(
+        default="",
+        description="redis://host:port/0, redis+sentinel://host:port?sentinel_master_name=name (further sentinels as "
+        "addr=host:port), or redis+cluster://host:port?addr=host:port; rediss for TLS; empty: this process is alone.",
+    )
+    prefix: Annotated[str, _matching(r"[!-z]{1,64}", "up to 64 printable ASCII characters")] = Field(
+        default="waterspout", description="What all keys and channels in Redis begin with."
+    )
+
+
 class GuestsSettings(Section):
     """Users with a name and no login (PROTOCOL 8.6)."""
 
@@ -552,11 +888,32 @@ class Settings(Section):
     client: ClientSettings = Field(default_factory=ClientSettings, description="What clients may do and cost.")
     channel: ChannelSettings = Field(default_factory=ChannelSettings, description="Names and the options behind them.")
     http_api: HttpApiSettings = Field(default_factory=HttpApiSettings, description="The API for back ends.")
+    rest: RestSettings = Field(default_factory=RestSettings, description="Channels over plain HTTP, for clients.")
     websocket: WebsocketSettings = Field(default_factory=WebsocketSettings, description="The WebSocket transport.")
+    http_stream: HttpStreamSettings = Field(
+        default_factory=HttpStreamSettings, description="The protocol over a streamed response."
+    )
+    sse: SseSettings = Field(default_factory=SseSettings, description="The protocol over an event stream.")
+    emulation: EmulationSettings = Field(
+        default_factory=EmulationSettings, description="What the clients of http_stream and sse say."
+    )
+    uni_sse: UniSseSettings = Field(default_factory=UniSseSettings, description="One way, as an event stream.")
+    uni_http_stream: UniHttpStreamSettings = Field(
+        default_factory=UniHttpStreamSettings, description="One way, as a streamed response."
+    )
+    uni_websocket: UniWebsocketSettings = Field(
+        default_factory=UniWebsocketSettings, description="One way, as a WebSocket."
+    )
+    init: InitSettings = Field(default_factory=InitSettings, description="A cheap request to make first.")
     rpc: RpcSettings = Field(default_factory=RpcSettings, description="Remote procedure calls of clients.")
+    proxies: Annotated[tuple[NamedProxySettings, ...], Kind("a list of objects")] = Field(
+        default=(), description="Back ends by name, each with a name and any option of client.proxy.connect."
+    )
     app: AppSettings = Field(default_factory=AppSettings, description="The user's own module.")
     presence: PresenceSettings = Field(default_factory=PresenceSettings, description="Who is here.")
     sqlite: SqliteSettings = Field(default_factory=SqliteSettings, description="History in one local file.")
+    mongo: MongoSettings = Field(default_factory=MongoSettings, description="History in MongoDB.")
+    redis: RedisSettings = Field(default_factory=RedisSettings, description="Word between processes, and presence.")
     guests: GuestsSettings = Field(default_factory=GuestsSettings, description="Users with a name and no login.")
     shutdown: ShutdownSettings = Field(default_factory=ShutdownSettings, description="How the server ends.")
 
@@ -599,6 +956,10 @@ _CHAT: dict[str, Any] = {
 TRY_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "guests": {"enabled": True},
+        **{
+            transport: {"enabled": True}
+            for transport in ("http_stream", "sse", "uni_sse", "uni_http_stream", "uni_websocket", "init")
+        },
         "client": {
             "allow_anonymous_connect_without_token": True,
             "allowed_origins": ["http://localhost:*", "http://127.0.0.1:*", "http://[::1]:*"],

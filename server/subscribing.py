@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from server import broker as wires
-from server import protocol
+from server import orders, protocol
 from server.auth import Override, SubscribeOptions, TokenExpired, TokenInvalid
 from server.channels import Namespace, grant, unknown_type
 from server.errors import (
@@ -35,7 +34,7 @@ from server.hooks import Allow, Client, Hook, Hooks
 from server.hub import Subscription, express
 from server.observe import event
 from server.protocol import Command
-from server.session import Session, json_info, ttl_s
+from server.session import Entrant, Session, json_info, ttl_s
 from server.stream import ClientInfo, Cursor, Page, Position, Publication, catch_up
 
 UNADORNED = SubscribeOptions(None, None)
@@ -76,7 +75,10 @@ async def _subscribe_patiently(
     else:
         session.node.channels.may_subscribe(session.identity, channel, namespace)
     if session.node.hooks is not None:
-        options = await ask_subscribing(session, session.node.hooks, channel, namespace, request.data, options)
+        options = await ask_subscribing(
+            session, session.node.hooks, channel, namespace, request.data, options, by_token=bool(request.token)
+        )
+    expire_at = options.expire_at or expire_at
     await session.make_room()
     if session.closed:
         return
@@ -94,19 +96,31 @@ async def _subscribe_patiently(
 
 
 async def ask_subscribing(
-    session: Session,
+    entrant: Entrant,
     hooks: Hooks,
     channel: str,
     namespace: Namespace,
     data: protocol.Payload,
     options: SubscribeOptions = UNADORNED,
+    *,
+    by_token: bool = False,
 ) -> SubscribeOptions:
-    """Ask the user's module about a subscription that is permitted otherwise; raises what it refuses with."""
-    hook, client = hooks.find("subscribing", namespace.name), session.handle
+    """Ask the hook about a subscription that is permitted otherwise; raises what it refuses with.
+
+    A hook that decides is not asked where a token has decided, or a user-limited name (PROTOCOL 10.2).
+    """
+    hook, client = hooks.find("subscribing", namespace.name), entrant.handle
     if hook is None or client is None:
         return options
+    if hook.decides and (by_token or entrant.node.channels.users_of(channel, namespace) is not None):
+        return options
     allow = await hooks.ask(hook, client, channel, data=protocol.given(data))
-    return options if allow is None else options_of(hooks, hook, client, allow, options)
+    if allow is None:
+        return options
+    found = options_of(hooks, hook, client, allow, options)
+    if found.expire_at and found.expire_at <= entrant.node.clock():
+        raise Refused(EXPIRED, f"expire_at of {hook.called} is past")
+    return found
 
 
 def options_of(
@@ -117,7 +131,10 @@ def options_of(
         raise hooks.nonsense(hook, client, f"expected Allow for a channel, got {type(allow).__name__}")
     info, found = hooks.bytes_of(hook, client, allow.chan_info), hooks.bytes_of(hook, client, allow.data)
     return SubscribeOptions(
-        options.info if info is None else info, options.data if found is None else found, options.override
+        options.info if info is None else info,
+        options.data if found is None else found,
+        options.override if allow.override == Override() else allow.override,
+        allow.expire_at or options.expire_at,
     )
 
 
@@ -183,19 +200,19 @@ async def join(
     subscription.present = granted.presence
     subscription.leaves_word = granted.join_leave
     subscription.wants_joins = granted.joins
-    subscription.expire_at = expire_at
+    subscription.expire_at = expire_at = expire_at or options.expire_at
     session.subscriptions[channel] = subscription
     since = Position(request.offset, request.epoch) if request.recover and granted.recoverable else None
     try:
         page = await session.node.subscribe(subscription, since)
         if not subscription.closed:
-            await session.node.enter(subscription)
+            await session.node.members.enter(subscription)
         result = _result(session, subscription, request, since, page)
     except BaseException:
         session.drop(subscription)
         raise
     result.data = protocol.payload(json_info(options.data) if session.outbox.wire.format == "json" else options.data)
-    if expire_at:
+    if expire_at and not session.renewed_here(subscription):
         result.expires, result.ttl = True, ttl_s(expire_at, session.node.clock())
     return subscription, result, page.top if page is not None else None
 
@@ -260,7 +277,7 @@ def begin(session: Session, subscription: Subscription, top: Position | None) ->
     if subscription.closed:
         return
     session.node.settle(subscription, top)
-    session.node.say_join(subscription)
+    session.node.members.say_join(subscription)
 
 
 def postpone(subscription: Subscription, result: protocol.SubscribeResult) -> None:
@@ -270,7 +287,7 @@ def postpone(subscription: Subscription, result: protocol.SubscribeResult) -> No
         subscription.cursor = Cursor(Position(result.offset, result.epoch))
 
 
-async def subscribe_by_order(session: Session, order: wires.SubscribeOrder) -> None:
+async def subscribe_by_order(session: Session, order: orders.SubscribeOrder) -> None:
     """Subscribe server-side, unasked, and say so with a push; PROTOCOL 5.6, 11.7."""
     namespace = session.node.channels.namespace(order.channel)
     if namespace is None or session.closed or order.channel in session.subscriptions:

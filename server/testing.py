@@ -9,7 +9,7 @@
 Sessions, channels and history are the real ones, kept in memory; only the way
 between a client and its session is short.  Namespaces are those of the server
 that nobody configured (chat, game, live, and names without one), unless the test
-says otherwise: ``harness(app, channel={...}, app={"timeout": "10ms"})``.
+says otherwise: ``harness(app, channel={...}, app={"timeout": "5s"})``.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from server.commands import SKILLS
 from server.configuration import load
 from server.errors import SHUTDOWN, Disconnect
 from server.history.memory import MemoryHistory
+from server.hooks import CLEAR_UP_S
 from server.jwks import Keys
 from server.node import Node
 from server.outbox import Outbox, Request, Wire
@@ -48,6 +49,9 @@ STRIDE_S = 2.0
 
 PATIENCE_S = 5.0
 """How long something is waited for, in real time, before the test fails."""
+
+LAST_S = 1.0
+"""How long the last hooks are waited for, in real time, when the world ends."""
 
 BUSY_TURNS = 100_000
 KEY = "known to the clients of one world in one process"
@@ -318,7 +322,9 @@ class SimulatedClient:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            raise TimeoutError(f"expected {what}, but nothing came") from None
+            raise TimeoutError(
+                f"expected {what}, but nothing came (and no time passed, but by world.pass_time)"
+            ) from None
 
     def _arrive(self, frame: bytes) -> None:
         for line in frame.splitlines():
@@ -423,12 +429,16 @@ class World:
         return auth.sign(KEY, {"sub": user, **given})
 
     async def pass_time(self, seconds: float) -> None:
-        """Move the clock: who sleeps in ``server.sleep`` wakes at its time, and all that this leads to happens."""
+        """Move the clock; all that this leads to happens.
+
+        Who sleeps in ``server.sleep`` wakes up in time, and a hook that takes
+        longer than ``app.timeout`` is cut off.
+        """
         until = self._clock.now + seconds
         await self.settle()
         while self._clock.now < until:
-            self._clock.now = min(until, self._clock.now + STRIDE_S, self._clock.next_waking)
-            self._clock.wake()
+            self._clock.now = min(until, self._clock.now + STRIDE_S, self._clock.next_alarm)
+            self._clock.ring()
             self.node.sweep(self._clock.now)
             await self.settle()
 
@@ -441,38 +451,64 @@ class World:
                 return
         raise RuntimeError(f"something has been busy for {BUSY_TURNS} turns of the loop")
 
+    async def _see_out(self) -> None:
+        """Let the last hooks end; those that real time does not end soon take longer than they may."""
+        await self.settle()
+        if self.app.running:
+            await asyncio.wait(self.app.running, timeout=LAST_S)
+        if self.app.running:
+            await self.pass_time(self.node.settings.app.timeout + CLEAR_UP_S)
+
+
+class _Alarm:
+    """Something that a clock has in mind."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
 
 class _Clock:
     """Stands still unless it is moved."""
 
     def __init__(self) -> None:
         self.now = NOON
-        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._alarms: list[tuple[float, int, _Alarm]] = []
         self._count = 0
 
     def __call__(self) -> float:
         return self.now
 
     @property
-    def next_waking(self) -> float:
-        while self._sleepers and self._sleepers[0][2].done():
-            heapq.heappop(self._sleepers)
-        return max(self._sleepers[0][0], self.now) if self._sleepers else float("inf")
+    def next_alarm(self) -> float:
+        while self._alarms and self._alarms[0][2].callback is None:
+            heapq.heappop(self._alarms)
+        return max(self._alarms[0][0], self.now) if self._alarms else float("inf")
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> _Alarm:
+        self._count += 1
+        alarm = _Alarm(callback)
+        heapq.heappush(self._alarms, (self.now + seconds, self._count, alarm))
+        return alarm
 
     async def sleep(self, seconds: float) -> None:
         if seconds <= 0:
             await asyncio.sleep(0)
             return
-        self._count += 1
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._sleepers, (self.now + seconds, self._count, future))
-        await future
+        over = asyncio.Event()
+        alarm = self.call_later(seconds, over.set)
+        try:
+            await over.wait()
+        finally:
+            alarm.cancel()
 
-    def wake(self) -> None:
-        while self._sleepers and self._sleepers[0][0] <= self.now:
-            future = heapq.heappop(self._sleepers)[2]
-            if not future.done():
-                future.set_result(None)
+    def ring(self) -> None:
+        while self._alarms and self._alarms[0][0] <= self.now:
+            callback = heapq.heappop(self._alarms)[2].callback
+            if callback is not None:
+                callback()
 
 
 @asynccontextmanager
@@ -496,7 +532,8 @@ async def harness(app: App | None = None, /, **sections: Any) -> AsyncIterator[W
     )
     app = app or App()
     app.attach(node)
-    real_sleep, app.server._sleep = app.server._sleep, clock.sleep
+    real = app.server._sleep, app.call_later
+    app.server._sleep, app.call_later = clock.sleep, clock.call_later
     verifier = auth.Verifier(settings.client.token)
     gate = Gate(verifier, verifier, Keys(_no_network, time.monotonic))
     world = World(node, app, gate, clock)
@@ -507,8 +544,9 @@ async def harness(app: App | None = None, /, **sections: Any) -> AsyncIterator[W
     finally:
         for client in world._clients:
             client._session.disconnect(SHUTDOWN)
+        await world._see_out()
         await app.stop()
-        app.server._sleep = real_sleep
+        app.server._sleep, app.call_later = real
         await gate.keys.close()
         await node.close()
 

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -136,6 +137,7 @@ async def serving(
     history: History | None = None,
     broker: Broker | None = None,
     presence: Presence | None = None,
+    patiently: bool = False,
 ) -> AsyncIterator[Site]:
     """A node and its web application on a free port of this loop; time passes only as the test says."""
     chosen = settings_ or settings()
@@ -149,7 +151,7 @@ async def serving(
         name="test",
     )
     gate = run.make_gate(chosen)
-    await node.open()
+    await node.open(patiently=patiently)
     sockets = make_sockets(node, gate)
     server = tornado.httpserver.HTTPServer(make_app(node, sockets))
     listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
@@ -166,10 +168,19 @@ async def serving(
 
 # --- a server beside this process -----------------------------------------------
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on, and that stays so while its server is down.
+
+    The system lends ports from 32768 up to whoever connects: a client that tries
+    to reach a dead server there may get that very port, and be connected to itself.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 class Process:

@@ -4,14 +4,20 @@ What every kind promises (``tests/contract/test_broker.py``):
 
 * ``follow`` returns once the subscription is in force: what others announce
   after that is heard here, unless it is lost on the way.  ``follow`` and
-  ``unfollow`` of one channel take effect in the order they were called.
+  ``unfollow`` of one channel take effect in the order they were called; a
+  second ``follow`` changes nothing, and one ``unfollow`` ends it.
+* A wish outlives an outage: what was to be followed when ``follow`` raised, or
+  when a connection was lost, is followed as soon as that can be.
 * It is quick, and nothing else: a word may be lost, late, repeated or out of
   order.  Nobody misses a publication of a kept channel because of it, since
   ``node`` judges every word by its cursors and repairs from history.
 * A process does not hear its own words; it has delivered them already.
-* ``announce`` never waits and never raises.
+* ``announce`` and ``tell`` never wait and never raise.
 * ``on_return`` is called when anything may have been missed (a connection was
-  lost and is back); the node then sweeps all that it follows.
+  lost and is back, and all is followed again); the node then sweeps all that it
+  follows.
+* ``trouble`` says so while nothing is heard, and ``mute`` while nothing that is said
+  is taken, from a second or two after the connection fell silent.
 
 Words are values; a kind that leaves the process encodes them with msgspec.
 """
@@ -24,7 +30,7 @@ import msgspec
 from server.stream import ClientInfo, Position, Publication
 
 ANNOUNCED_BYTES = 16 * 1024
-"""A kept publication with a larger payload is announced by its position only; history has the rest."""
+"""A kept publication that weighs more, with its tags, is announced by its position only; history has the rest."""
 
 
 class Published(msgspec.Struct, frozen=True, tag="p"):
@@ -55,54 +61,43 @@ class Left(msgspec.Struct, frozen=True, tag="l"):
 Word = Published | Joined | Left
 
 
-class Target(msgspec.Struct, frozen=True):
-    """Which connections an order is for: those of ``user``, narrowed by client id (PROTOCOL 15.2).
+class Ask(msgspec.Struct, frozen=True, tag="q"):
+    """A process asks others; said again until they answer, so ``id`` makes the repeat harmless.
 
-    The empty user is the anonymous user, not everybody.
+    ``sender`` is the id of the asking node.  What is asked is for ``peers`` and
+    those who answer to understand: this seam only carries it.  ``age_s`` is how
+    long ago it was first asked.
     """
 
-    user: str
-    client: str = ""
-    spared: Sequence[str] = ()
+    id: str
+    sender: str
+    body: bytes
+    age_s: float = 0.0
 
 
-class DisconnectOrder(msgspec.Struct, frozen=True, tag="d"):
-    """End the target's connections."""
+class Answer(msgspec.Struct, frozen=True, tag="a"):
+    """What ``sender`` answers to the ask ``id``."""
 
-    target: Target
-    code: int
-    reason: str
-
-
-class SubscribeOrder(msgspec.Struct, frozen=True, tag="s"):
-    """Subscribe the target's connections server-side."""
-
-    target: Target
-    channel: str
-    info: bytes | None = None
-    data: bytes | None = None
-    expire_at: int = 0
-    since: Position | None = None
-    override: dict[str, bool] = {}
+    id: str
+    sender: str
+    body: bytes
 
 
-class UnsubscribeOrder(msgspec.Struct, frozen=True, tag="u"):
-    """End the target's subscriptions of ``channel``, or of all channels if it is empty."""
+class Hello(msgspec.Struct, frozen=True, tag="h"):
+    """``sender`` is alive, and this is what it has to say of itself (PROTOCOL 15.2, info)."""
 
-    target: Target
-    channel: str
-
-
-class RefreshOrder(msgspec.Struct, frozen=True, tag="r"):
-    """Move the expiry of the target's connections (0: never), or end them as expired."""
-
-    target: Target
-    expired: bool
-    expire_at: int
-    info: bytes | None = None
+    sender: str
+    facts: bytes
 
 
-Order = DisconnectOrder | SubscribeOrder | UnsubscribeOrder | RefreshOrder
+class Bye(msgspec.Struct, frozen=True, tag="b"):
+    """``sender`` is about to end."""
+
+    sender: str
+
+
+Note = Ask | Answer | Hello | Bye
+"""What processes tell one another apart from what happens in channels."""
 
 
 def _ignore(_: object) -> None:
@@ -117,12 +112,23 @@ class Broker(ABC):
     """The contract; see the module's docstring for the promises."""
 
     on_word: Callable[[Word], None] = staticmethod(_ignore)
-    on_order: Callable[[Order], None] = staticmethod(_ignore)
+    on_note: Callable[[Note], None] = staticmethod(_ignore)
     on_return: Callable[[], None] = staticmethod(_ignore_return)
 
+    trouble: str = ""
+    """Why nothing is heard just now, in operator's words; ``""`` while all is well."""
+
+    mute: str = ""
+    """The same for what is said: kept channels elsewhere are behind until the next sweep, orders do not get there."""
+
     @abstractmethod
-    async def open(self) -> None:
-        """Make ready; raises ``errors.Unavailable`` in operator's words if that cannot be."""
+    async def open(self, node: str) -> None:
+        """Make ready, within ten seconds; ``node`` is the id by which ``tell`` of other processes finds this one.
+
+        Raises ``errors.Unavailable`` if that cannot be, and may then be called
+        again.  The words are the operator's: which setting, what was expected,
+        what was found.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -130,7 +136,11 @@ class Broker(ABC):
 
     @abstractmethod
     async def follow(self, channel: str) -> None:
-        """Hear what others announce in ``channel`` from now on; raises ``errors.Unavailable``."""
+        """Hear what others announce in ``channel`` from now on.
+
+        Raises ``errors.Unavailable`` if that is not in force within a second or
+        so; the wish stands all the same.
+        """
 
     @abstractmethod
     async def unfollow(self, channel: str) -> None:
@@ -141,5 +151,5 @@ class Broker(ABC):
         """Tell the processes that follow ``word.channel``."""
 
     @abstractmethod
-    def order(self, order: Order) -> None:
-        """Tell all other processes to do this with their connections."""
+    def tell(self, note: Note, to: str = "") -> None:
+        """Tell the node ``to``, or all other processes; like any word it may be lost, late or repeated."""

@@ -7,14 +7,14 @@ without loss; tests wrap it to make it as bad as a broker may be.
 import asyncio
 from collections import defaultdict
 
-from server.broker import Broker, Order, Word
+from server.broker import Broker, Note, Word
 
 
 class Bus:
     """What the nodes of one process share: who follows what."""
 
     def __init__(self) -> None:
-        self.brokers: set[MemoryBroker] = set()
+        self.brokers: dict[str, MemoryBroker] = {}
         self.followers: defaultdict[str, set[MemoryBroker]] = defaultdict(set)
 
 
@@ -23,14 +23,16 @@ class MemoryBroker(Broker):
 
     def __init__(self, bus: Bus | None = None) -> None:
         self._bus = bus or Bus()
+        self._node = ""
 
-    async def open(self) -> None:
+    async def open(self, node: str) -> None:
         """See ``Broker.open``."""
-        self._bus.brokers.add(self)
+        self._node = node
+        self._bus.brokers[node] = self
 
     async def close(self) -> None:
         """See ``Broker.close``."""
-        self._bus.brokers.discard(self)
+        self._bus.brokers.pop(self._node, None)
         for channel in [channel for channel, who in self._bus.followers.items() if self in who]:
             await self.unfollow(channel)
 
@@ -53,10 +55,11 @@ class MemoryBroker(Broker):
         for broker in followers - {self}:
             self._soon(broker, word)
 
-    def order(self, order: Order) -> None:
-        """See ``Broker.order``."""
-        for broker in self._bus.brokers - {self}:
-            asyncio.get_running_loop().call_soon(broker._obey, order)
+    def tell(self, note: Note, to: str = "") -> None:
+        """See ``Broker.tell``."""
+        for name, broker in self._bus.brokers.items():
+            if broker is not self and to in ("", name):
+                self._soon_tell(broker, note)
 
     def _soon(self, broker: "MemoryBroker", word: Word) -> None:
         asyncio.get_running_loop().call_soon(broker._hear, word)
@@ -65,6 +68,9 @@ class MemoryBroker(Broker):
         if self in self._bus.followers.get(word.channel, ()):
             self.on_word(word)
 
-    def _obey(self, order: Order) -> None:
-        if self in self._bus.brokers:
-            self.on_order(order)
+    def _soon_tell(self, broker: "MemoryBroker", note: Note) -> None:
+        asyncio.get_running_loop().call_soon(broker._note, note)
+
+    def _note(self, note: Note) -> None:
+        if self._bus.brokers.get(self._node) is self:
+            self.on_note(note)

@@ -11,15 +11,16 @@ What every kind promises (``tests/contract/test_history.py`` holds each to it):
 * A read is never older than a commit or an announcement already heard of.
 * An idempotency key is unique in its channel for ``idempotency_ttl``; the second
   use gets the first one's position.  The same key twice in one gathering waits
-  for the first's outcome.  Trimming and ``remove`` erase payloads; keys and
-  offsets stay.
+  for the first's outcome.  Trimming, ``remove`` and ``redact`` erase payloads;
+  keys and offsets stay.
 * A new epoch comes only from destruction: the meta TTL, ``new_epochs``.  Reading
   writes nothing: a channel nobody published to has the position ``Position(0, "")``.
 * Nothing here blocks the event loop, and cancelling a waiter cancels no commit.
 
 A kind translates its driver's exceptions: ``errors.Unavailable`` when it cannot
 answer (for ``append``: the outcome is unknown), ``errors.Refused`` with
-``TOO_MANY_REQUESTS`` when a channel's queue is full.
+``TOO_MANY_REQUESTS`` when a channel's queue is full.  Until ``open`` has returned
+everything else raises ``errors.Unavailable``, and writes nothing.
 """
 
 import secrets
@@ -40,6 +41,9 @@ COMMIT_BYTES = 256 * 1024
 QUEUE_PUBLICATIONS = 2_000
 QUEUE_BYTES = 8 * 1024 * 1024
 IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
+
+REDACTED = b"null"
+"""What stands in place of a payload that was redacted: JSON, so that every client can read it."""
 
 EPOCH_ALPHABET = string.ascii_letters + string.digits
 
@@ -73,13 +77,15 @@ def forgets(retention: Retention, used_ms: int, now_ms: int) -> bool:
 class Draft(msgspec.Struct, frozen=True):
     """A publication before it has a number.
 
-    ``key`` is the idempotency key, ``""`` for none.
+    ``key`` is the idempotency key, ``""`` for none.  One with ``skip_history``
+    never comes here: the node lets it pass.
     """
 
     data: bytes
     info: ClientInfo | None = None
     tags: dict[str, str] | None = None
     key: str = ""
+    skip_history: bool = False
 
 
 class Appended(msgspec.Struct, frozen=True):
@@ -108,9 +114,15 @@ class History(ABC):
 
     on_commit: OnCommit = staticmethod(ignore_commits)
 
+    trouble: str = ""
+    """Why it cannot answer just now, in operator's words; ``""`` while all is well."""
+
     @abstractmethod
     async def open(self) -> None:
-        """Make ready; raises ``errors.Unavailable`` in operator's words if that cannot be."""
+        """Make ready, within ten seconds; raises ``errors.Unavailable`` if that cannot be, and may be called again.
+
+        The words are the operator's: which setting, what was expected, what was found.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -154,6 +166,21 @@ class History(ABC):
     @abstractmethod
     async def remove(self, channel: str) -> None:
         """Forget the payloads of a channel; its top, epoch and keys stay (PROTOCOL 11.1)."""
+
+    @abstractmethod
+    async def redact(self, channel: str, offset: int) -> None:
+        """Erase the payload of one publication for good: it stays, with data ``null`` and neither info nor tags.
+
+        Raises ``errors.Refused`` (112) if it is not there (any more), and
+        ``errors.Unavailable``: whether it was done is unknown, ask again.
+        """
+
+    def heard(self, channel: str, top: Position, time_ms: int = 0) -> None:  # noqa: B027 not abstract: see there
+        """Learn that another process announced ``top``; ``time_ms`` is the time of that publication, 0 if unknown.
+
+        From now on no read is older.  A kind that no other process writes to has
+        nothing to learn.
+        """
 
     @abstractmethod
     async def sweep(self, retention_of: RetentionOf, now_ms: int) -> None:

@@ -16,12 +16,18 @@ many channels a *batch*.  The rules that make this fair and safe:
   the first entry with it: it shares that one's outcome, good or bad, and adds
   no second publication.
 
+Where several processes write to one channel, a commit may lose its place to
+another's and go out again: ``refill`` then lets those who came meanwhile go
+with it.  Who shall give others a turn settles with ``hold`` and calls
+``release`` when it is over.  ``shed`` lets go of those who waited in vain for a
+commit to begin.
+
 Shared by the kinds that commit elsewhere.  Plain: no ``async``, no clock; what
 a waiter is (a future, say) is the caller's business.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from server.errors import TOO_MANY_REQUESTS, Refused
@@ -51,6 +57,11 @@ class Entry(Generic[W]):
         self.weight = weigh(draft)
         self.followers: list[W] = []
 
+    @property
+    def waiters(self) -> list[W]:
+        """All who wait for it, its own first."""
+        return [self.waiter, *self.followers]
+
     def __repr__(self) -> str:
         return f"Entry({self.draft.data!r}, key={self.draft.key!r}, followers={len(self.followers)})"
 
@@ -69,15 +80,16 @@ class Commit(Generic[W]):
 
 
 class _Queue(Generic[W]):
-    """One channel that somebody waits for; it is gone with the last of them."""
+    """One channel that somebody waits for; it is gone with the last of them, unless it is held."""
 
-    __slots__ = ("entries", "keyed", "waiting", "waiting_bytes")
+    __slots__ = ("entries", "held", "keyed", "waiting", "waiting_bytes")
 
     def __init__(self) -> None:
         self.entries: deque[Entry[W]] = deque()
         self.keyed: dict[str, Entry[W]] = {}
         self.waiting = 0
         self.waiting_bytes = 0
+        self.held = False
 
 
 class Gathering(Generic[W]):
@@ -99,7 +111,7 @@ class Gathering(Generic[W]):
     @property
     def idle(self) -> bool:
         """Does nobody wait for an answer?"""
-        return not self._queues
+        return not any(queue.waiting for queue in self._queues.values())
 
     @property
     def ready(self) -> bool:
@@ -149,10 +161,42 @@ class Gathering(Generic[W]):
             size += weight
         return batch
 
-    def settle(self, commit: Commit[W], outcomes: Sequence[Appended]) -> list[tuple[W, Appended]]:
+    def refill(self, commit: Commit[W]) -> None:
+        """Let those who came since ``commit`` was cut go with it, as far as there is room in it."""
+        queue = self._queues[commit.channel]
+        weight = sum(entry.weight for entry in commit.entries)
+        while queue.entries and len(commit.entries) < COMMIT_PUBLICATIONS:
+            weight += queue.entries[0].weight
+            if weight > COMMIT_BYTES:
+                break
+            commit.entries.append(queue.entries.popleft())
+
+    def shed(self, channel: str, late: Callable[[W], bool]) -> list[W]:
+        """Give up the longest waiting entries of ``channel`` that no commit has and all of whose waiters are ``late``.
+
+        Returns their waiters.
+        """
+        queue = self._queues.get(channel)
+        waiters: list[W] = []
+        while queue is not None and queue.entries and all(map(late, queue.entries[0].waiters)):
+            entry = queue.entries.popleft()
+            waiters += entry.waiters
+            self._forget(queue, entry)
+            if not queue.waiting:
+                # Nothing of it is in flight, so it is ready, or held.
+                if not queue.held:
+                    self._ready.remove(channel)
+                    del self._queues[channel]
+                break
+        return waiters
+
+    def settle(
+        self, commit: Commit[W], outcomes: Sequence[Appended], *, hold: bool = False
+    ) -> list[tuple[W, Appended]]:
         """Free the channel after a commit that became durable; returns each waiter with its answer.
 
-        ``outcomes`` has one for each entry, in order.
+        ``outcomes`` has one for each entry, in order.  With ``hold`` no further
+        commit of the channel is cut before ``release``.
         """
         answers: list[tuple[W, Appended]] = []
         for entry, outcome in zip(commit.entries, outcomes, strict=True):
@@ -160,17 +204,20 @@ class Gathering(Generic[W]):
             if entry.followers:
                 repeated = Appended(outcome.position, repeated=True)
                 answers.extend((waiter, repeated) for waiter in entry.followers)
-        self._free(commit)
+        self._free(commit, hold)
         return answers
 
     def fail(self, commit: Commit[W]) -> list[W]:
         """Free the channel after a commit that failed; returns all who waited for it."""
-        waiters: list[W] = []
-        for entry in commit.entries:
-            waiters.append(entry.waiter)
-            waiters.extend(entry.followers)
-        self._free(commit)
+        waiters = [waiter for entry in commit.entries for waiter in entry.waiters]
+        self._free(commit, False)
         return waiters
+
+    def release(self, channel: str) -> None:
+        """End the hold on ``channel`` that ``settle`` began."""
+        queue = self._queues[channel]
+        queue.held = False
+        self._next(channel, queue)
 
     @staticmethod
     def _cut(queue: _Queue[W]) -> tuple[list[Entry[W]], int]:
@@ -185,14 +232,23 @@ class Gathering(Generic[W]):
             weight += entry.weight
         return entries, weight
 
-    def _free(self, commit: Commit[W]) -> None:
+    def _free(self, commit: Commit[W], hold: bool) -> None:
         queue = self._queues[commit.channel]
         for entry in commit.entries:
-            queue.waiting -= 1 + len(entry.followers)
-            queue.waiting_bytes -= entry.weight
-            if entry.draft.key:
-                del queue.keyed[entry.draft.key]
+            self._forget(queue, entry)
+        queue.held = hold
+        if not hold:
+            self._next(commit.channel, queue)
+
+    def _next(self, channel: str, queue: _Queue[W]) -> None:
         if queue.entries:
-            self._ready.append(commit.channel)
+            self._ready.append(channel)
         else:
-            del self._queues[commit.channel]
+            del self._queues[channel]
+
+    @staticmethod
+    def _forget(queue: _Queue[W], entry: Entry[W]) -> None:
+        queue.waiting -= 1 + len(entry.followers)
+        queue.waiting_bytes -= entry.weight
+        if entry.draft.key:
+            del queue.keyed[entry.draft.key]

@@ -12,10 +12,12 @@ commits only.
 import heapq
 from collections.abc import Callable, Iterable
 
+from server.errors import UNRECOVERABLE_POSITION, Refused
 from server.history import (
     IDEMPOTENCY_TTL_MS,
     PAGE_BYTES,
     PAGE_PUBLICATIONS,
+    REDACTED,
     Appended,
     Draft,
     History,
@@ -157,6 +159,14 @@ class MemoryHistory(History):
         if stream is not None:
             stream.publications.clear()
             stream.floor = stream.top
+
+    async def redact(self, channel: str, offset: int) -> None:
+        """Erase one payload; raises ``errors.Refused`` (112) if it is not there.  PROTOCOL 11.1."""
+        stream = self._log.streams.get(channel)
+        publication = None if stream is None else stream.publications.get(offset)
+        if stream is None or publication is None:
+            raise Refused(UNRECOVERABLE_POSITION, f"{channel!r} has no publication {offset} to redact")
+        stream.publications[offset] = Publication(REDACTED, offset, publication.time_ms)
 
     async def sweep(self, retention_of: RetentionOf, now_ms: int) -> None:
         """Erase what is gone in the next ``SWEEP_CHANNELS`` channels, and expired keys, some ``SWEEP_ITEMS`` in all."""

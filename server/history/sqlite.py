@@ -29,11 +29,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from server.errors import Unavailable
+from server.errors import UNRECOVERABLE_POSITION, Refused, Unavailable
 from server.history import (
     IDEMPOTENCY_TTL_MS,
     PAGE_BYTES,
     PAGE_PUBLICATIONS,
+    REDACTED,
     Appended,
     Draft,
     History,
@@ -187,6 +188,11 @@ class SqliteHistory(History):
         self._opened()
         await self._file.write(partial(_remove, channel=channel))
         self._touch(channel)
+
+    async def redact(self, channel: str, offset: int) -> None:
+        """Erase one payload in the file; raises ``errors.Refused`` (112) if it is not there.  PROTOCOL 11.1."""
+        self._opened()
+        await self._file.write(partial(_redact, channel=channel, offset=offset))
 
     async def sweep(self, retention_of: RetentionOf, now_ms: int) -> None:
         """Erase what is gone in ``SWEEP_CHANNELS`` channels lately written to, and as many of the round.
@@ -416,6 +422,22 @@ def _remove(db: sqlite3.Connection, *, channel: str) -> None:
             channel_id, top = found
             db.execute("UPDATE channels SET floor=? WHERE id=?", (top, channel_id))
             _erase(db, channel_id, top, SWEEP_ROWS)
+
+
+def _redact(db: sqlite3.Connection, *, channel: str, offset: int) -> None:
+    """Put ``REDACTED`` in place of a payload, and zeros where it was on its page."""
+    db.execute("PRAGMA secure_delete=ON")
+    try:
+        with transaction(db, "BEGIN IMMEDIATE"):
+            found = db.execute("SELECT id, floor, top FROM channels WHERE name=?", (channel,)).fetchone()
+            # Compared here: a back end may send any 64 bits, SQLite takes 63.
+            if found is None or not found[1] < offset <= found[2]:
+                raise Refused(UNRECOVERABLE_POSITION, f"{channel!r} has no publication {offset} to redact")
+            db.execute(
+                "UPDATE publications SET data=?, extra=NULL WHERE channel=? AND offset=?", (REDACTED, found[0], offset)
+            )
+    finally:
+        db.execute("PRAGMA secure_delete=OFF")
 
 
 def _sweepable(db: sqlite3.Connection, *, names: str, after_id: int) -> tuple[dict[int, str | None], int]:

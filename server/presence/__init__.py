@@ -5,13 +5,19 @@ What every kind promises (``tests/contract/test_presence.py``):
 * An entry belongs to the *incarnation* of a process that made it, and every
   incarnation renews one lease.  Readers do not see entries whose lease has run
   out, whether anybody has cleared them away or not.
+* A client that is added by two processes belongs to the one that added it last,
+  and only that one can remove it.
 * ``sweep`` clears away the entries of incarnations that are gone; each entry is
-  returned by exactly one sweep of one survivor, who announces the leave.
-* A process whose lease ran out while it was paused registers anew: ``renew``
-  says so by returning ``False``, and the node adds its members again.
+  returned by exactly one sweep of one survivor, or taken by one ``remove`` of its
+  owner, who announces the leave.
+* A process whose lease ran out while it was paused registers anew, as another
+  incarnation: ``renew`` says so by returning ``False``, and the node adds its
+  members again.  What it had entered before is a dead one's.
 * Reading and writing cost nothing that grows with the square of the members.
 
-Times are Unix seconds and always come from the caller.
+Times are Unix seconds and come from the caller.  Clocks of processes differ, so
+a kind that leaves the process judges leases by one clock that all share, where
+the entries are, and takes from the callers' only how much time passed for each.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +31,12 @@ class Presence(ABC):
 
     @abstractmethod
     async def open(self, now: float) -> None:
-        """Take a lease as a new incarnation."""
+        """Take a lease as a new incarnation, within ten seconds; may be called again if it raised.
+
+        The words of its ``errors.Unavailable`` are the operator's: which setting,
+        what was expected, what was found.  Until it has returned everything else
+        raises ``errors.Unavailable``.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -36,8 +47,12 @@ class Presence(ABC):
         """Enter ``info.client`` into ``channel``, or renew what others see of it."""
 
     @abstractmethod
-    async def remove(self, channel: str, client: str) -> None:
-        """Take ``client`` out of ``channel``; it need not be there."""
+    async def remove(self, channel: str, client: str) -> bool:
+        """Take ``client`` out of ``channel``; it need not be there.
+
+        ``False`` says that it was not, or belongs to another process: somebody
+        else has announced that it left, or will.
+        """
 
     @abstractmethod
     async def members(self, channel: str, now: float) -> dict[str, ClientInfo]:
@@ -53,4 +68,8 @@ class Presence(ABC):
 
     @abstractmethod
     async def sweep(self, now: float) -> Sequence[tuple[str, ClientInfo]]:
-        """Clear away what dead incarnations left; returns what was cleared, channel and entry."""
+        """Clear away what dead incarnations left; returns what was cleared, channel and entry.
+
+        It may stop after some thousand entries, so that they are announced before
+        it goes on: call it again while it returns any.
+        """

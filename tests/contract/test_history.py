@@ -8,19 +8,23 @@ import asyncio
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import pymongo
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mongod import fresh_database, shared_set
 
-from server.errors import TOO_MANY_REQUESTS, Refused
+from server.errors import TOO_MANY_REQUESTS, UNRECOVERABLE_POSITION, Refused, Unavailable
 from server.history import IDEMPOTENCY_TTL_MS, QUEUE_PUBLICATIONS, Appended, Draft, History
 from server.history.memory import Log, MemoryHistory
+from server.history.mongo import MongoHistory
 from server.history.sqlite import SqliteHistory
+from server.settings import MongoSettings
 from server.stream import ClientInfo, Page, Position, Publication, Retention
 
 NOW = 1_800_000_000_000
@@ -47,20 +51,61 @@ async def sqlite(place: Path, *, idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS) -
         await history.close()
 
 
+DATABASES: dict[Path, str] = {}
+"""The databases of the running test, by the place that stands for each."""
+
+
+def mongo(driver: Literal["motor", "pymongo"]) -> Callable[..., AbstractAsyncContextManager[History]]:
+    """How to open a history in the replica set of this run, in a database of its own for each place."""
+
+    @asynccontextmanager
+    async def opened(place: Path, *, idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS) -> AsyncIterator[History]:
+        database = DATABASES.setdefault(place, fresh_database())
+        options = {"url": shared_set().url, "database": database, "driver": driver, "publish_timeout": "10s"}
+        chosen = MongoSettings.model_validate(options)
+        history = MongoHistory(chosen, idempotency_ttl_ms=idempotency_ttl_ms)
+        await history.open()
+        try:
+            yield history
+        finally:
+            await history.close()
+
+    return opened
+
+
+@pytest.fixture(autouse=True)
+def _databases() -> Iterator[None]:
+    """Drops the databases of a test after it: the more there are, the slower every one becomes."""
+    yield
+    drop_databases()
+
+
+def drop_databases() -> None:
+    """Drop what the places stood for."""
+    if DATABASES:
+        with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
+            while DATABASES:
+                client.drop_database(DATABASES.popitem()[1])
+
+
 class Kind(NamedTuple):
-    """A kind under test: ``survives`` a restart; has ``queues`` that can be full."""
+    """A kind under test: ``survives`` a restart; has ``queues`` that can be full; is ``shared`` by processes."""
 
     name: str
     opened: Callable[..., AbstractAsyncContextManager[History]]
     survives: bool
     queues: bool
+    shared: bool = False
 
 
 KINDS = [
     Kind("memory", memory, survives=False, queues=False),
     Kind("sqlite", sqlite, survives=True, queues=True),
+    Kind("mongo-motor", mongo("motor"), survives=True, queues=True, shared=True),
+    Kind("mongo-pymongo", mongo("pymongo"), survives=True, queues=True, shared=True),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_shared_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.shared], ids=lambda kind: kind.name)
 every_surviving_kind = pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.survives], ids=lambda kind: kind.name
 )
@@ -410,6 +455,109 @@ async def test_new_epochs_begins_every_channel_anew(kind: Kind, tmp_path: Path) 
         assert again == Appended(Position(1, after["a"].epoch))
 
 
+@every_kind
+async def test_redact_erases_one_payload(kind: Kind, tmp_path: Path) -> None:
+    """The publication stays, with data ``null`` and neither info nor tags; key, time and neighbours are as before."""
+    async with kind.opened(tmp_path) as history:
+        said = [Draft(b'"%d"' % n, ClientInfo("user", "client"), {"tag": "value"}, key=f"key {n}") for n in range(1, 4)]
+        appended = await asyncio.gather(*(history.append("a", draft, FOREVER, NOW) for draft in said))
+        before = (await history.read("a", FOREVER, NOW)).publications
+        for _ in range(2):
+            await history.redact("a", 2)
+            after = (await history.read("a", FOREVER, NOW)).publications
+            assert list(after) == [before[0], Publication(b"null", 2, NOW), before[2]]
+        again = await history.append("a", said[1], FOREVER, NOW)
+        assert again == Appended(appended[1].position, repeated=True)
+
+
+@every_kind
+async def test_redact_refuses_what_is_not_there(kind: Kind, tmp_path: Path) -> None:
+    """A position nobody published at, or that is gone, is 112, and changes nothing."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1", "2")
+        await history.remove("a")
+        await say(history, "a", "3")
+        for channel, offset in (("a", 0), ("a", -1), ("a", 2), ("a", 4), ("a", 2**64), ("unknown", 1)):
+            with pytest.raises(Refused) as refused:
+                await history.redact(channel, offset)
+            assert refused.value.refusal is UNRECOVERABLE_POSITION
+        assert texts(await history.read("a", FOREVER, NOW)) == ["3"]
+        assert await history.tops(["unknown"]) == {}
+
+
+@every_surviving_kind
+async def test_until_it_is_open_a_history_refuses(kind: Kind, tmp_path: Path) -> None:
+    """After close, as before open, everything is Unavailable, and nothing is written."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "a", "1")
+    waits: list[Coroutine[Any, Any, object]] = [
+        history.append("a", Draft(b"2"), FOREVER, NOW),
+        history.read("a", FOREVER, NOW),
+        history.tops(["a"]),
+        history.remove("a"),
+        history.redact("a", 1),
+        history.sweep(lambda channel: Retention(0, 0, 0), NOW),
+        history.new_epochs(),
+    ]
+    for outcome in await asyncio.gather(*waits, return_exceptions=True):
+        assert isinstance(outcome, Unavailable)
+    async with kind.opened(tmp_path) as history:
+        assert texts(await history.read("a", FOREVER, NOW)) == ["1"]
+
+
+@every_shared_kind
+async def test_several_processes_number_one_channel(kind: Kind, tmp_path: Path) -> None:
+    """P1: three of them publish into the same channels: no hole, no repeat, and each hears of its own commits only."""
+    heard: dict[int, list[tuple[str, int, bytes]]] = defaultdict(list)
+
+    async def publish(number: int, history: History) -> list[tuple[str, int, bytes]]:
+        mine = []
+        for turn in range(30):
+            data = b"%d.%d" % (number, turn)
+            channel = f"channel {turn % 3}"
+            appended = await history.append(channel, Draft(data), FOREVER, NOW)
+            mine.append((channel, appended.position.offset, data))
+        return mine
+
+    async with kind.opened(tmp_path) as one, kind.opened(tmp_path) as two, kind.opened(tmp_path) as three:
+        histories = (one, two, three)
+        for number, history in enumerate(histories):
+            history.on_commit = lambda channel, epoch, publications, mine=heard[number]: mine.extend(  # type: ignore[misc]
+                (channel, each.offset, each.data) for each in publications
+            )
+        given = await asyncio.gather(*(publish(number, history) for number, history in enumerate(histories)))
+        assert [sorted(mine) for mine in given] == [sorted(heard[number]) for number in range(3)]
+        for channel in (f"channel {n}" for n in range(3)):
+            pages = [await history.read(channel, FOREVER, NOW) for history in histories]
+            assert offsets(pages[0]) == list(range(1, 31))
+            assert pages[0] == pages[1] == pages[2]
+
+
+@every_shared_kind
+async def test_what_one_process_destroys_is_gone_for_all(kind: Kind, tmp_path: Path) -> None:
+    """Removal, redaction, sweep, and a life's end are seen by the other process, and its next publication fits."""
+    fades = Retention(-1, 1, 1)
+    async with kind.opened(tmp_path) as one, kind.opened(tmp_path) as two:
+        await say(one, "a", "1", "2", "3")
+        await say(two, "a", "4")
+        await two.redact("a", 1)
+        assert texts(await one.read("a", FOREVER, NOW)) == ["null", "2", "3", "4"]
+        await one.sweep(lambda channel: Retention(2, -1, -1), NOW)
+        page = await two.read("a", FOREVER, NOW)
+        assert (texts(page), page.floor) == (["3", "4"], 2)
+        await two.remove("a")
+        assert (await one.read("a", FOREVER, NOW)).floor == 4
+        old = (await one.append("a", Draft(b"5", key="k"), FOREVER, NOW)).position
+        assert old.offset == 5
+        await two.sweep(lambda channel: fades, NOW + 10)
+        assert await one.tops(["a"]) == {}
+        assert await one.read("a", FOREVER, NOW) == Page((), Position(0, ""), 0)
+        new = await one.append("a", Draft(b"6", key="k"), FOREVER, NOW + 10)
+        assert (new.position.offset, new.repeated) == (1, False)
+        assert new.position.epoch != old.epoch
+        assert (await two.append("a", Draft(b"", key="k"), FOREVER, NOW + 10)).position == new.position
+
+
 # --- idempotency ----------------------------------------------------------------------
 
 
@@ -580,6 +728,11 @@ class Life:
             kept = kept[-retention.size :]
         return [each for each in kept if retention.ttl_ms < 0 or each.time_ms + retention.ttl_ms > now_ms]
 
+    def redact(self, offset: int) -> None:
+        """Take the payload out of one publication."""
+        assert offset > self.removed
+        self.said[offset - 1] = Publication(b"null", offset, self.said[offset - 1].time_ms)
+
 
 class Model:
     """The contract in its simplest words, against which each kind is held."""
@@ -638,6 +791,7 @@ STEPS = st.one_of(
         ),
     ),
     st.tuples(st.just("remove"), CHANNELS),
+    st.tuples(st.just("redact"), st.tuples(CHANNELS, st.integers(-1, 12))),
     st.tuples(st.sampled_from(["sweep", "restart", "new_epochs"]), st.none()),
 )
 
@@ -706,6 +860,18 @@ async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None
                 await history.remove(argument)
                 if (life_removed := model.lives.get(argument)) is not None:
                     life_removed.removed = len(life_removed.said)
+            elif what == "redact":
+                channel, offset = argument
+                life_redacted = model.lives.get(channel)
+                try:
+                    await history.redact(channel, offset)
+                except Refused:
+                    # What retention calls gone may be there, as long as no sweep came by, and may be gone already.
+                    kept = life_redacted.kept(RETENTIONS[channel], now_ms) if life_redacted else []
+                    assert offset not in [each.offset for each in kept]
+                else:
+                    assert life_redacted is not None
+                    life_redacted.redact(offset)
             elif what == "sweep":
                 await history.sweep(RETENTIONS.get, now_ms)
                 model.sweep(now_ms)
@@ -732,4 +898,7 @@ async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None
 def test_every_kind_does_what_the_model_does(kind: Kind, steps: list[tuple[str, Any]]) -> None:
     """Any sequence of operations gives what the contract, written down as a few lists, gives."""
     with tempfile.TemporaryDirectory() as place:
-        asyncio.run(compare(kind, Path(place), steps))
+        try:
+            asyncio.run(compare(kind, Path(place), steps))
+        finally:
+            drop_databases()

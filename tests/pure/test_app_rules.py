@@ -117,6 +117,8 @@ async def _wrong_client(client: str, channel: str, data: Any) -> None: ...
 async def _wrong_answer(client: Client, channel: str, data: Any) -> Allow: ...  # type: ignore[empty-body]
 async def _opaque(client: Client, channel: str, data: list[Opaque]) -> None: ...
 async def _unknown_type(client: Client, channel: str, data: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+async def _no_channel(client: Client, data: Any) -> None: ...
+async def _turned_round(channel: Any, client: Any) -> None: ...
 def _waits_not(client: Client, channel: str, data: Any) -> None: ...
 
 
@@ -126,6 +128,8 @@ def _waits_not(client: Client, channel: str, data: Any) -> None: ...
         (_no_parameters, "expected the parameters (client, channel, data), got () -> None"),
         (_too_many, "expected the parameters (client, channel, data)"),
         (_keyword_only, "expected the parameters (client, channel, data)"),
+        (_no_channel, "expected channel in place of data: the parameters are (client, channel, data)"),
+        (_turned_round, "expected client in place of channel"),
         (_wrong_channel, "expected channel to be a str, got int"),
         (_wrong_client, "expected client to be a Client, got str"),
         (_wrong_answer, "expected it to return Change or None, got Allow"),
@@ -140,6 +144,29 @@ def test_a_wrong_signature_is_said_at_start(function: Any, expected: str) -> Non
     (fault,) = _faults(lambda app: app.publishing(function))
     assert fault.startswith(f"{__file__}:{function.__code__.co_firstlineno}: {function.__qualname__} (publishing): ")
     assert expected in fault
+
+
+def test_names_of_parameters_are_the_users_own() -> None:
+    """A procedure may call its data "channel", since it gets no channel that could be meant."""
+    app = App()
+
+    @app.rpc
+    async def enter(client: Client, channel: str) -> None: ...
+    @app.leaving
+    async def leaving(whoever: Client, /, where: str) -> None: ...
+
+    app.check(Channels(settings().channel), SPACES)
+
+
+def test_what_is_no_hook_is_named_with_what_is() -> None:
+    """A misspelt decorator and one with a stray argument say what to write, where they stand."""
+    app = App()
+    with pytest.raises(AttributeError, match=r"no 'publish'; what it has is @app\.connecting, .*@app\.publishing"):
+        app.publish  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(
+        TypeError, match=r"expected @app\.connecting above an async def, without parentheses, got 'chat'"
+    ):
+        app.connecting("chat")  # type: ignore[type-var]
 
 
 def test_all_faults_are_said_together() -> None:
@@ -343,10 +370,14 @@ def test_a_file_does_not_take_another_modules_name(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_said() -> None:
-    """A path or a module that is not there is told as it was given."""
-    for place in ("nowhere/bot.py", "no_such_module_anywhere"):
-        with pytest.raises(AppError, match=f"--app {place} cannot be imported: .*(FileNotFound|ModuleNotFound)Error"):
+    """A path or a module that is not there is told as it was given, and nothing of where we looked for it."""
+    for place, why in (
+        ("nowhere/bot.py", f"ImportError: there is no file {Path.cwd()}/nowhere/bot.py"),
+        ("no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    ):
+        with pytest.raises(AppError) as caught:
             load(place)
+        assert str(caught.value) == f"--app {place} cannot be imported: {why}"
 
 
 # --- changes ----------------------------------------------------------------------

@@ -35,9 +35,8 @@ SCALARS = {
     FieldDescriptor.TYPE_INT32: "i32",
     FieldDescriptor.TYPE_INT64: "i64",
 }
-SETTING = re.compile(
-    r"`((?:app|channel|client|guests|http_api|http_server|log|presence|rpc|shutdown|sqlite|websocket)\.[a-z_.]+)`"
-)
+SECTIONS = sorted({row.name.partition(".")[0] for row in reference()})
+SETTING = re.compile(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.]+)`")
 
 
 # --- reading documents -------------------------------------------------------

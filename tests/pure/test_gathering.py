@@ -196,6 +196,76 @@ def test_the_weight_counts_all_that_is_stored() -> None:
     assert weigh(Draft(b"12345", key="key")) == bare + 3
 
 
+def test_a_commit_that_goes_out_again_takes_more_with_it() -> None:
+    """Refilled, it has all who came since, in order, up to the bounds of a commit; and they are answered with it."""
+    gathering: Gathering[int] = Gathering()
+    gathering.add("a", Draft(b""), 0, 0)
+    (commit,) = gathering.take()
+    for waiter in range(1, COMMIT_PUBLICATIONS + 2):
+        gathering.add("a", Draft(b""), 0, waiter)
+    gathering.refill(commit)
+    assert waiters(commit) == list(range(COMMIT_PUBLICATIONS))
+    assert len(settled(gathering, commit)) == COMMIT_PUBLICATIONS
+    (rest,) = gathering.take()
+    assert waiters(rest) == [COMMIT_PUBLICATIONS, COMMIT_PUBLICATIONS + 1]
+    gathering.add("a", Draft(bytes(COMMIT_BYTES)), 0, -1)
+    gathering.refill(rest)
+    assert len(rest.entries) == 2
+
+
+def test_a_held_channel_waits_and_others_do_not() -> None:
+    """Settled with ``hold``, a channel has no further commit before ``release``, whether or not somebody came."""
+    gathering: Gathering[int] = Gathering()
+    for channel in ("a", "b"):
+        gathering.add(channel, Draft(b""), 0, 1)
+    for commit in gathering.take():
+        gathering.settle(commit, [Appended(position(1))], hold=True)
+    assert gathering.idle
+    gathering.add("a", Draft(b""), 0, 2)
+    gathering.add("c", Draft(b""), 0, 3)
+    assert [commit.channel for commit in gathering.take()] == ["c"]
+    gathering.release("b")
+    gathering.release("a")
+    (commit,) = gathering.take()
+    assert (commit.channel, waiters(commit)) == ("a", [2])
+
+
+def test_who_waited_in_vain_is_let_go() -> None:
+    """Shed from the head while all of an entry's waiters are late; what is in flight stays; the key is free again."""
+    gathering: Gathering[int] = Gathering()
+    gathering.add("a", Draft(b""), 0, 1)
+    (commit,) = gathering.take()
+    for waiter, key in ((2, "k"), (3, "l"), (4, "k"), (15, "l"), (6, "")):
+        gathering.add("a", Draft(b"", key=key), 0, waiter)
+    late = (10).__gt__
+    assert gathering.shed("a", late) == [2, 4]
+    gathering.add("a", Draft(b"", key="k"), 0, 17)
+    settled(gathering, commit)
+    (rest,) = gathering.take()
+    assert waiters(rest) == [3, 6, 17]
+    assert [waiter for waiter, _ in settled(gathering, rest)] == [3, 15, 6, 17]
+    assert gathering.idle
+
+
+def test_a_channel_of_which_all_are_let_go_is_gone() -> None:
+    """Shed to the last, a channel is not ready any more, and who comes next begins anew; held, it stays held."""
+    gathering: Gathering[int] = Gathering()
+    gathering.add("a", Draft(b""), 0, 1)
+    assert gathering.shed("a", bool) == [1]
+    assert gathering.shed("a", bool) == gathering.shed("unknown", bool) == []
+    assert not gathering.ready
+    assert gathering.idle
+    gathering.add("a", Draft(b""), 0, 2)
+    (commit,) = gathering.take()
+    gathering.settle(commit, [Appended(position(1))], hold=True)
+    gathering.add("a", Draft(b""), 0, 3)
+    assert gathering.shed("a", bool) == [3]
+    gathering.add("a", Draft(b""), 0, 4)
+    assert not gathering.ready
+    gathering.release("a")
+    assert [waiters(commit) for commit in gathering.take()] == [[4]]
+
+
 STEPS = st.one_of(
     st.tuples(st.just("add"), st.sampled_from("abc"), st.sampled_from(["", "", "k", "l"]), st.integers(0, 90_000)),
     st.tuples(st.just("take"), st.just(""), st.just(""), st.just(0)),

@@ -13,32 +13,58 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import centrifuge  # type: ignore[import-untyped]
+import support
 from cent import AsyncClient, PublishRequest
 from centrifuge import ClientEventHandler, ReplyError, StreamPosition, SubscriptionEventHandler
 from support import PATIENCE_S, Process, Site, token
 
+from server.configuration import load
+from server.settings import Settings
+
 PUPPET = Path(__file__).parent / "js" / "puppet.mjs"
+NODE_OPTIONS = ("--experimental-eventsource", "--no-warnings")
+"""Node has the browsers' EventSource, but not without being asked, and then it warns."""
 PUPPET_LINE_BYTES = 16 * 1024 * 1024
 RECONNECT_S = (0.05, 0.2)
 """The shortest and the longest pause of an SDK before it connects or subscribes again."""
 
 
 class Kind(NamedTuple):
-    """An SDK and the wire format that it speaks."""
+    """An SDK, the wire format that it speaks, and the transport that it speaks it on."""
 
     sdk: str
     format: str
+    transport: str = "websocket"
 
     def __str__(self) -> str:
-        return f"{self.sdk}-{self.format}"
+        return "-".join(self if self.transport != "websocket" else self[:2])
 
 
 KINDS = [Kind(sdk, format) for sdk in ("python", "js") for format in ("json", "protobuf")]
+"""What speaks on a WebSocket."""
+
+EMULATED = [Kind("js", "json", "http_stream"), Kind("js", "protobuf", "http_stream"), Kind("js", "json", "sse")]
+"""What has none (PROTOCOL 2.5); only centrifuge-js can do without.  The server must have ``config``'s transports."""
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    """``support.config``, with every transport that an SDK may have."""
+    return support.config(http_stream={"enabled": True}, sse={"enabled": True}, **sections)
+
+
+def settings(**sections: Any) -> Settings:
+    """``config`` as the server's own settings."""
+    return load(config=None, environ={}, flags=config(**sections))
+
+
+def serving(settings_: Settings | None = None) -> AbstractAsyncContextManager[Site]:
+    """``support.serving``, with every transport that an SDK may have."""
+    return support.serving(settings_ or settings())
 
 
 class RefusedBySdk(Exception):
@@ -165,7 +191,7 @@ async def playing(
     With ``tokens`` the SDK gets a callback for connection tokens.
     """
     opened = python_player if kind.sdk == "python" else js_player
-    async with opened(kind.format, url, token, tokens, states) as player:
+    async with opened(kind, url, token, tokens, states) as player:
         if connect:
             await player.connect()
             await player.next("connecting")
@@ -336,10 +362,10 @@ class PythonPlayer(Player):
 
 @asynccontextmanager
 async def python_player(
-    format: str, url: str, token: str, tokens: Tokens | None, states: States | None
+    kind: Kind, url: str, token: str, tokens: Tokens | None, states: States | None
 ) -> AsyncIterator[PythonPlayer]:
     """See ``playing``."""
-    player = PythonPlayer(format, url, token, tokens, states)
+    player = PythonPlayer(kind.format, url, token, tokens, states)
     try:
         yield player
     finally:
@@ -438,13 +464,14 @@ class JsPlayer(Player):
 
 @asynccontextmanager
 async def js_player(
-    format: str, url: str, token: str, tokens: Tokens | None, states: States | None
+    kind: Kind, url: str, token: str, tokens: Tokens | None, states: States | None
 ) -> AsyncIterator[JsPlayer]:
     """See ``playing``; a process that wrote to standard error, or ended before it was told to, fails the test."""
     shortest, longest = RECONNECT_S
     options = {
         "url": url,
-        "format": format,
+        "format": kind.format,
+        "transport": kind.transport,
         "token": token,
         "get_token": tokens is not None,
         "shortest_ms": shortest * 1000,
@@ -452,6 +479,7 @@ async def js_player(
     }
     process = await asyncio.create_subprocess_exec(
         "node",
+        *NODE_OPTIONS,
         str(PUPPET),
         json.dumps(options),
         stdin=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The back end's SDK, ``cent``, against ``/api``: every method that the server has.
+"""The back end's SDK, ``cent``, against ``/api``: every method that both have.
 
 PROTOCOL 15.
 """
@@ -12,10 +12,12 @@ import cent
 import pytest
 from cent import (
     AsyncClient,
+    BatchRequest,
     BroadcastRequest,
     CentApiResponseError,
     CentTransportError,
     CentUnauthorizedError,
+    ChannelsRequest,
     Disconnect,
     DisconnectRequest,
     HistoryRemoveRequest,
@@ -31,6 +33,7 @@ from cent import (
 )
 from conftest import ExpectedLog
 from instruments import back_end, publish, signed
+from streams import uni_sse
 from support import Client, Site, serving, settings
 
 
@@ -252,6 +255,65 @@ async def test_refresh() -> None:
         await api.refresh(RefreshRequest(user="42", expired=True))
         assert (await client.closed())[0] == 3005
         await client.close()
+
+
+async def test_channels() -> None:
+    """Each channel with a subscriber, and how many it has; a pattern leaves those that match."""
+    async with serving_api() as (site, api):
+        clients = [await Client.connected(site.url) for _ in range(3)]
+        for client in clients:
+            await client.ask("subscribe", channel="chat:all")
+        await clients[0].ask("subscribe", channel="chat:1")
+        await clients[0].ask("subscribe", channel="live:1")
+
+        async def counted(pattern: str | None = None) -> dict[str, int]:
+            found = (await api.channels(ChannelsRequest(pattern=pattern))).channels
+            return {channel: info.num_clients for channel, info in found.items()}
+
+        assert await counted() == {"chat:all": 3, "chat:1": 1, "live:1": 1}
+        assert await counted("{chat,live}:?") == {"chat:1": 1, "live:1": 1}
+        assert await counted("chat:[!0-9]*") == {"chat:all": 3}
+        assert await counted("nothing") == {}
+        assert await code_of(api.channels(ChannelsRequest(pattern="["))) == 107
+        await clients[0].ask("unsubscribe", channel="chat:1")
+        assert await counted("chat:*") == {"chat:all": 3}
+        for client in clients:
+            await client.close()
+
+
+async def test_batch() -> None:
+    """Several calls in one, each with its own result, in turn or at the same time."""
+    async with serving_api() as (site, api):
+        client = await Client.connected(site.url)
+        await client.ask("subscribe", channel="chat:1")
+        for parallel in (False, True):
+            requests = [
+                PublishRequest(channel="chat:1", data={"parallel": parallel}),
+                PresenceStatsRequest(channel="chat:1"),
+                BroadcastRequest(channels=["live:1"], data=1),
+            ]
+            published, stats, broadcast = (await api.batch(BatchRequest(requests=requests, parallel=parallel))).replies
+            assert isinstance(published, cent.PublishResult)
+            assert published.offset == 1 + parallel
+            assert (await client.push("pub"))["data"] == {"parallel": parallel}
+            assert isinstance(stats, cent.PresenceStatsResult)
+            assert stats.num_clients == 1
+            assert isinstance(broadcast, cent.BroadcastResult)
+            assert len(broadcast.responses) == 1
+        await client.close()
+
+
+async def test_a_session_of_a_user() -> None:
+    """Orders can be aimed at one connection by its session id."""
+    async with serving(settings(uni_sse={"enabled": True})) as site, back_end(site.port) as api:
+        async with uni_sse(site.port, {"token": signed(site, sub="42")}) as listener:
+            session = (await listener.expect("connect"))["session"]
+            await api.subscribe(SubscribeRequest(user="42", channel="live:1", session="another"))
+            await api.subscribe(SubscribeRequest(user="42", channel="live:2", session=session))
+            await listener.expect("subscribe")
+            assert list((await api.channels(ChannelsRequest())).channels) == ["live:2"]
+            await api.disconnect(DisconnectRequest(user="42", session=session))
+            await listener.ended(3503)
 
 
 async def test_wrong_key(log: ExpectedLog) -> None:

@@ -4,10 +4,9 @@ PROTOCOL 2.3, 3.4, 11.3, 19.
 """
 
 import pytest
-from instruments import JsPlayer, Kind, Relay, back_end, playing, publish
-from support import serving
+from instruments import EMULATED, JsPlayer, Kind, Relay, back_end, playing, publish, serving
 
-pytestmark = pytest.mark.parametrize("kind", [Kind("js", "json"), Kind("js", "protobuf")], ids=str)
+pytestmark = pytest.mark.parametrize("kind", [Kind("js", "json"), Kind("js", "protobuf"), *EMULATED], ids=str)
 
 
 async def test_connect_and_subscribe_in_one_frame(kind: Kind) -> None:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from instruments import Kind, Relay, back_end, batched, complaints, playing, publish
-from support import Process, config
+from instruments import Kind, Relay, back_end, batched, complaints, config, playing, publish
+from support import Process
 
 from server.history import QUEUE_PUBLICATIONS, Draft, Retention
 from server.history.sqlite import SqliteHistory
@@ -47,7 +47,7 @@ async def fill(file: Path, first: int, last: int) -> None:
 
 
 @pytest.mark.parametrize("missed", [1_000, 100_000])
-@pytest.mark.parametrize("kind", [Kind("python", "json"), Kind("js", "protobuf")], ids=str)
+@pytest.mark.parametrize("kind", [Kind("python", "json"), Kind("js", "protobuf"), Kind("js", "json", "sse")], ids=str)
 async def test_recovers_all_at_a_constant_cost(kind: Kind, missed: int, tmp_path: Path) -> None:
     """Whoever missed 1,000 or 100,000 gets all of them, once and in order, on a busy channel, for under 20 MB."""
     file = tmp_path / "history.db"

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import ExpectedLog
-from support import KEPT, OPEN, ROOT, Client, Process, config, serving
+from support import KEPT, OPEN, ROOT, Client, Process, config, serving, settings
 
 from server.app import Allow, App, Change, Disconnect, Refuse, Welcome
 from server.app import Client as Guest
@@ -350,30 +350,169 @@ async def test_a_hook_that_raises_costs_one_command(log: ExpectedLog, fail: Any)
 
 
 async def test_a_hook_that_hangs_is_cut_off_and_holds_up_nobody_else(log: ExpectedLog) -> None:
-    """After app.timeout: error 100 and a line that names it; another client was answered while it hung."""
+    """After app.timeout: error 100 and a line that says where it hung; another client was answered while it hung."""
     log.expect("hook.overdue")
-    hanging = asyncio.Event()
     app = App()
+
+    async def wait_for_ever() -> None:
+        await asyncio.Event().wait()
 
     @app.rpc
     async def hang(client: Guest) -> None:
-        hanging.set()
-        await asyncio.Event().wait()
+        await wait_for_ever()
 
     @app.rpc
     async def quick(client: Guest) -> int:
         return 1
 
-    async with harness(app, app={"timeout": "50ms"}) as world:
+    async with harness(app, app={"timeout": "60s"}) as world:
         ann, bob = await world.connect("ann"), await world.connect("bob")
         slow = asyncio.ensure_future(ann.rpc("hang"))
-        await hanging.wait()
+        await world.pass_time(59)
         assert await bob.rpc("quick") == 1
         assert not slow.done()
+        await world.pass_time(1)
+        with pytest.raises(ReplyError, match="100") as caught:
+            await slow
+        assert caught.value.temporary
+        assert await ann.rpc("quick") == 1
+    (line,) = log.seen("hook.overdue")
+    place = f"{__file__}:{wait_for_ever.__code__.co_firstlineno + 1}"
+    assert line["why"] == f"it waited at {place}, look at app.timeout (60 s)"
+
+
+async def test_a_hook_that_hangs_is_cut_off_in_real_time(log: ExpectedLog) -> None:
+    """Without a test's clock app.timeout is of real time, on the wire as well."""
+    log.expect("hook.overdue")
+    app = App()
+
+    @app.rpc
+    async def hang(client: Guest) -> None:
+        await asyncio.Event().wait()
+
+    async with serving(settings(app={"timeout": "50ms"})) as site:
+        app.attach(site.node)
+        client = await Client.connected(site.url)
+        assert await client.refused("rpc", method="hang") == 100
+        await client.close()
+
+
+async def test_a_hook_that_is_cut_off_clears_up_before_the_next(log: ExpectedLog) -> None:
+    """What it does in ``finally`` is done, though it has to wait, before the next hook of this client begins."""
+    log.expect("hook.overdue")
+    told: list[str] = []
+    app = App()
+
+    @app.rpc
+    async def work(client: Guest, data: str) -> None:
+        told.append(f"{data} begins")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await app.server.sleep(0.05)
+            told.append(f"{data} ends")
+
+    async with harness(app) as world:
+        ann = await world.connect("ann")
+        asked = [asyncio.ensure_future(ann.rpc("work", data)) for data in ("one", "two")]
+        await world.pass_time(3)
+        for one in asked:
+            with pytest.raises(ReplyError, match="100"):
+                await one
+    assert told == ["one begins", "one ends", "two begins", "two ends"]
+    assert not any("no notice" in str(line["why"]) for line in log.seen("hook.overdue"))
+
+
+async def test_a_hook_that_takes_no_notice(log: ExpectedLog) -> None:
+    """One that swallows its cancellation: the client is answered all the same and goes on, and the log says so."""
+    log.expect("hook.overdue", "hook.failed")
+    let_go = asyncio.Event()
+    app = App()
+
+    @app.rpc
+    async def deaf(client: Guest) -> None:
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await let_go.wait()
+        raise RuntimeError("broken as well")
+
+    @app.rpc
+    async def quick(client: Guest) -> int:
+        return 1
+
+    async with harness(app) as world:
+        ann = await world.connect("ann")
+        slow = asyncio.ensure_future(ann.rpc("deaf"))
+        await world.pass_time(1.2)
         with pytest.raises(ReplyError, match="100"):
             await slow
         assert await ann.rpc("quick") == 1
-    assert "app.timeout (0.05 s)" in str(log.seen("hook.overdue")[0]["why"])
+        assert str(log.seen("hook.overdue")[0]["why"]).endswith("it took no notice, and goes on by itself")
+        assert log.seen("hook.failed") == []
+        let_go.set()
+        await world.settle()
+        assert len(log.seen("hook.failed")) == 1
+
+
+async def test_what_takes_no_notice_ends_with_the_app(log: ExpectedLog) -> None:
+    """A hook and a background task that swallow every cancellation are ended by force, their ``finally`` included."""
+    log.expect("hook.overdue")
+    told: list[str] = []
+    app = App()
+
+    async def never_end(name: str) -> None:
+        try:
+            while True:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+        finally:
+            told.append(name)
+
+    @app.starting
+    async def starting() -> None:
+        app.server.spawn(never_end("task"))
+
+    @app.rpc
+    async def deaf(client: Guest) -> None:
+        await never_end("hook")
+
+    async with harness(app) as world:
+        slow = asyncio.ensure_future((await world.connect("ann")).rpc("deaf"))
+        await world.pass_time(1.2)
+        with pytest.raises(ReplyError, match="100"):
+            await slow
+        assert told == []
+    assert sorted(told) == ["hook", "task"]
+
+
+async def test_a_last_hook_that_hangs_does_not_hold_up_the_end(log: ExpectedLog) -> None:
+    """Nobody moves the clock when a test is over: a hook that is told the end and hangs is cut off all the same."""
+    log.expect("hook.overdue")
+    app = App()
+
+    @app.disconnecting
+    async def disconnecting(client: Guest) -> None:
+        await asyncio.Event().wait()
+
+    async with harness(app) as world:
+        await world.connect("ann")
+    assert len(log.seen("hook.overdue")) == 1
+
+
+@pytest.mark.parametrize("channel", ["chat:a", "live:a"])
+async def test_what_a_hook_spawns_comes_after_what_it_lets_pass(channel: str) -> None:
+    """A hook that does not wait may count on it: its publication comes first, then those of what it spawned."""
+    app = App()
+
+    @app.publishing
+    async def publishing(client: Guest, channel: str, data: Any) -> None:
+        app.server.spawn(app.server.publish(channel, "answer"))
+
+    async with harness(app) as world:
+        sub = await (await world.connect("ann")).subscribe(channel)
+        await sub.publish("question")
+        await world.settle()
+        assert [message.data for message in sub.heard()] == ["question", "answer"]
 
 
 async def test_an_unavailable_store_is_no_fault_of_the_hook() -> None:
@@ -637,10 +776,40 @@ def _await_text(log: Path, text: str) -> None:
         tail.communicate()
 
 
+DEAF = """
+import asyncio
+from server.app import App, Client
+app = App()
+
+@app.rpc
+async def deaf(client: Client) -> None:
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            pass
+"""
+
+
+async def test_run_with_an_app_that_never_ends(tmp_path: Path) -> None:
+    """SIGTERM ends the process, exit code 0, although a hook swallows whatever is to end it."""
+    (tmp_path / "bot.py").write_text(DEAF)
+    with Process(tmp_path, config(app={"timeout": "50ms"}), "--app", str(tmp_path / "bot.py")) as server:
+        client = await Client.connected(server.url)
+        assert await client.refused("rpc", method="deaf") == 100
+        await client.close()
+        assert await asyncio.to_thread(server.stop) == 0
+    assert "bot.py:10, look at app.timeout (0.05 s); it took no notice" in server.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("import nowhere_at_all\n", "bot.py:1: in <module>: ModuleNotFoundError"),
+        (
+            HEAD + "@app.publish\nasync def f(client): ...\n",
+            "bot.py:3: in <module>: AttributeError: an App has no 'publish'",
+        ),
         (
             "from server.app import App\napp = App()\n@app.rpc\ndef f(client): ...\n",
             "bot.py:3: f (rpc 'f'): expected async",

@@ -86,6 +86,56 @@ def test_token_without_a_key_says_which_setting(tmp_path: Path) -> None:
     assert "client.token.hmac_secret_key" in done.stderr
 
 
+async def test_new_epochs_after_a_restore(tmp_path: Path) -> None:
+    """new-epochs gives each channel a new life: who comes back with a position is told that it is gone."""
+    sections = config(sqlite={"path": str(tmp_path / "w.db")})
+    process = Process(tmp_path, sections)
+    with process:
+        client = await Client.connected(process.url)
+        for channel in ("chat:a", "chat:b"):
+            await client.ask("publish", channel=channel, data="before")
+        epoch = (await client.ask("history", channel="chat:a"))["epoch"]
+        await client.close()
+    done = _run(tmp_path, "new-epochs", "--config", str(tmp_path / "config.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("2 channels")
+    with process:
+        client = await Client.connected(process.url)
+        result = await client.ask("subscribe", channel="chat:a", recover=True, offset=1, epoch=epoch)
+        assert "recovered" not in result
+        assert result["epoch"] not in ("", epoch)
+        await client.close()
+
+
+def test_new_epochs_beside_a_running_server_is_refused(tmp_path: Path) -> None:
+    """The file belongs to the server that has it open: the command says so and changes nothing."""
+    with Process(tmp_path, config(sqlite={"path": str(tmp_path / "w.db")})):
+        done = _run(tmp_path, "new-epochs", "--config", str(tmp_path / "config.json"))
+    assert done.returncode == 1
+    assert "w.db" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_redis_without_mongo_is_refused(tmp_path: Path) -> None:
+    """Two processes that share a broker and no history would tell two truths: said at start and by check."""
+    file = _config_file(tmp_path, redis={"url": "redis://127.0.0.1:6379"})
+    for arguments in (("check", "--config", file), ("--config", file)):
+        done = _run(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("redis.url: expected mongo.url beside it")
+
+
+def test_an_unreadable_redis_url_is_said(tmp_path: Path) -> None:
+    """What Redis' driver could not read ends the start with the setting's name, and without the password in it."""
+    urls = {"url": "redis://:pass/word@127.0.0.1"}
+    file = _config_file(tmp_path, redis=urls, mongo={"url": "mongodb://127.0.0.1"})
+    for arguments in (("check", "--config", file), ("--config", file)):
+        done = _run(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("redis.url: expected ")
+        assert "pass" not in done.stderr.replace("password", "")
+
+
 def test_open_server_stays_at_home(tmp_path: Path) -> None:
     """With nothing configured any address but the loopback is refused."""
     done = _run(tmp_path, "--host", "0.0.0.0")

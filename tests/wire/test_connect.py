@@ -57,7 +57,7 @@ async def test_hello(format: str) -> None:
         pytest.param({}, {"sub": 42}, 3500, id="a user that is no string"),
         pytest.param({}, {"sub": "ann", "exp": NOW - 1}, 109, id="expired"),
         pytest.param({"insecure": True}, {"sub": "ann", "exp": NOW - 1}, 109, id="expired, insecure"),
-        pytest.param({}, {"sub": "ann", "nbf": NOW + 600}, 109, id="not yet valid"),
+        pytest.param({}, {"sub": "ann", "nbf": NOW + 86_400}, 109, id="not yet valid"),
         pytest.param({}, {"sub": "ann", "expire_at": NOW - 1}, 110, id="expire_at is past"),
         pytest.param({}, {"sub": "ann", "expire_at": 0, "exp": NOW + 86_400}, 0, id="expire_at never"),
         pytest.param({}, {"sub": "ann", "channels": ["nowhere:1"]}, 102, id="channels in an unknown namespace"),

@@ -158,13 +158,13 @@ class Slow(MemoryPresence):
     gate: asyncio.Event | None = None
     away = False
 
-    async def remove(self, channel: str, client: str) -> None:
+    async def remove(self, channel: str, client: str) -> bool:
         """When the gate opens."""
         if self.away:
             raise Unavailable("presence is away")
         if self.gate is not None:
             await self.gate.wait()
-        await super().remove(channel, client)
+        return await super().remove(channel, client)
 
 
 async def test_a_late_leave_does_not_undo_a_new_join() -> None:

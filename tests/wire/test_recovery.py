@@ -8,8 +8,8 @@ import pytest
 from conftest import ExpectedLog
 from support import KEPT, OPEN, Client, Site, serving, settings, token
 
-from server.broker import Target, UnsubscribeOrder
 from server.history.memory import MemoryHistory
+from server.orders import Target, UnsubscribeOrder
 from server.session import Session
 from server.stream import Page, Retention
 
@@ -287,7 +287,7 @@ async def test_unsubscribed_by_order_while_connecting() -> None:
         command = client.command("connect", token=token({"sub": "ann", "channels": ["chat:1", "chat:2"]}))
         await client.send(command)
         await history.asked.wait()
-        site.node.order(UnsubscribeOrder(Target("ann"), "chat:1"))
+        site.node.order_soon(UnsubscribeOrder(Target("ann"), "chat:1"))
         history.open_.set()
         hello = (await client.reply(command["id"]))["connect"]
         assert set(hello["subs"]) == {"chat:2"}

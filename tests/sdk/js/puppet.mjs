@@ -79,8 +79,12 @@ function listen(emitter, own) {
 }
 
 // --- orders -----------------------------------------------------------------------
-const client = new Centrifuge(options.url, {
+const { transport } = options;
+const page = new URL(options.url.replace(/^ws/, "http"));
+const endpoint = new URL(`/connection/${transport}`, page).href;
+const client = new Centrifuge(transport === "websocket" ? options.url : [{ transport, endpoint }], {
   websocket: WebSocket,
+  emulationEndpoint: new URL("/emulation", page).href,
   token: options.token,
   getToken: options.get_token ? () => ask("token", "") : null,
   minReconnectDelay: options.shortest_ms,

@@ -1,0 +1,864 @@
+"""MongoDB history when things go wrong: elections, kills, stops, lost answers, races between processes.
+
+The replica set is real and shared with the rest of the run, so what hurts it
+does so inside ``disturbing``.  Several ``MongoHistory`` stand for as many
+processes: they share nothing but the database.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
+
+import bson
+import pymongo
+import pytest
+from conftest import ExpectedLog
+from mongod import Member, Mongod, ReplicaSet, disturbing, free_port, fresh_database, shared_set
+from pymongo.database import Database
+
+from server.errors import Refused, Unavailable
+from server.history import QUEUE_PUBLICATIONS, Appended, Draft
+from server.history.mongo import MongoHistory
+from server.history.mongo_scheme import GUARD_MS, TRUST_S
+from server.settings import MongoSettings
+from server.stream import Page, Position, Publication, Retention
+
+NOW = 1_800_000_000_000
+FOREVER = Retention(-1, -1, -1)
+PATIENCE_S = 60.0
+DRIVERS = ["motor", "pymongo"]
+every_driver = pytest.mark.parametrize("driver", DRIVERS)
+
+
+def made(database: str, **options: Any) -> MongoHistory:
+    """A history in ``database`` of the shared set, not open yet."""
+    ttl_ms = options.pop("idempotency_ttl_ms", 86_400_000)
+    chosen = {"url": shared_set().url, "database": database, **options}
+    return MongoHistory(MongoSettings.model_validate(chosen), idempotency_ttl_ms=ttl_ms)
+
+
+@asynccontextmanager
+async def opened(database: str, **options: Any) -> AsyncIterator[MongoHistory]:
+    """The same, open."""
+    history = made(database, **options)
+    await history.open()
+    try:
+        yield history
+    finally:
+        await history.close()
+
+
+@contextmanager
+def inside(database: str) -> Iterator[Database[dict[str, Any]]]:
+    """The database as another program sees it."""
+    with pymongo.MongoClient[dict[str, Any]](shared_set().url, w="majority") as client:
+        yield client[database]
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """A database of this test's own."""
+    name = fresh_database()
+    yield name
+    with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
+        client.drop_database(name)
+
+
+async def say(history: MongoHistory, channel: str, *texts: str, at_ms: int = NOW) -> list[int]:
+    """Append some texts at once; gives their offsets."""
+    appended = await asyncio.gather(*(history.append(channel, Draft(text.encode()), FOREVER, at_ms) for text in texts))
+    return [each.position.offset for each in appended]
+
+
+async def everything(history: MongoHistory, channel: str) -> Page:
+    """All that is kept of a channel; its offsets have no hole."""
+    page = await history.read(channel, FOREVER, NOW, limit=-1, max_bytes=1 << 30)
+    assert [each.offset for each in page.publications] == list(range(page.floor + 1, page.top.offset + 1))
+    return page
+
+
+async def until(holds: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Ask again and again; it is somebody else's doing that is waited for."""
+    ends = time.monotonic() + PATIENCE_S
+    while not await holds():
+        assert time.monotonic() < ends, what
+        await asyncio.sleep(0.05)
+
+
+async def retried(history: MongoHistory, channel: str, draft: Draft) -> Appended:
+    """Append until it is known, as a publisher with an idempotency key may."""
+    ends = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await history.append(channel, draft, FOREVER, NOW)
+        except Unavailable:
+            assert time.monotonic() < ends, "it never got through"
+
+
+# --- what the driver may say ---------------------------------------------------------
+
+FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
+    "step-down": (2, {"errorCode": 11602, "errorLabels": []}),
+    "not primary": (2, {"errorCode": 10107, "errorLabels": []}),
+    "shutdown": (2, {"errorCode": 91, "errorLabels": []}),
+    "closed connection": (3, {"closeConnection": True}),
+    "no answer": (2, {"blockConnection": True, "blockTimeMS": 1_300}),
+    "majority in vain": (2, {"writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"}}),
+    "majority interrupted": (1, {"writeConcernError": {"code": 11602, "errmsg": "interrupted", "errorLabels": []}}),
+    "a refusal": (1, {"errorCode": 8, "errorLabels": []}),
+}
+
+
+@every_driver
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_what_fails_once_is_stored_once(driver: str, failure: str, database: str, log: ExpectedLog) -> None:
+    """Whatever the driver raises, whether the write was done or not: each publication is there once, none is lost."""
+    log.expect("history.commit_failed")
+    times, how = FAILURES[failure]
+    heard: list[Publication] = []
+    primary = shared_set().primary()
+    async with opened(database, driver=driver) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(publications)
+        await say(history, "a", "before")
+        try:
+            await asyncio.to_thread(lambda: primary.fail("insert", times=times, **how))
+            assert await say(history, "a", "1", "2", "3") == [2, 3, 4]
+        finally:
+            primary.fail_no_more()
+        assert await say(history, "a", "after") == [5]
+        assert list((await everything(history, "a")).publications) == heard
+        assert [each.data for each in heard] == [b"before", b"1", b"2", b"3", b"after"]
+        assert history.trouble == ""
+
+
+async def test_a_failing_read_is_tried_again(database: str, log: ExpectedLog) -> None:
+    """A read, tops and remove outlast an answer that is lost."""
+    log.expect("history.read_failed")
+    primary = shared_set().primary()
+    async with opened(database) as history:
+        await say(history, "a", "1", "2")
+        try:
+            for how in ({"errorCode": 11602}, {"closeConnection": True}):
+                primary.fail("find", "update", times=3, **how)
+                assert len((await everything(history, "a")).publications) == 2
+                primary.fail("find", "update", times=3, **how)
+                assert (await history.tops("a"))["a"].offset == 2
+            primary.fail("find", "update", times=3, errorCode=11602)
+            await history.remove("a")
+        finally:
+            primary.fail_no_more()
+        assert (await everything(history, "a")).floor == 2
+
+
+# --- members that fail --------------------------------------------------------------
+
+
+async def flood(history: MongoHistory, name: str, done: asyncio.Event, channel: str) -> dict[bytes, Position]:
+    """Publish until ``done``; gives what was acknowledged.  What was not may be there or not."""
+    acknowledged: dict[bytes, Position] = {}
+
+    async def publisher(number: int) -> None:
+        for turn in itertools.count():
+            if done.is_set():
+                return
+            data = f"{name}.{number}.{turn}".encode()
+            try:
+                acknowledged[data] = (await history.append(channel, Draft(data), FOREVER, NOW)).position
+            except Unavailable:
+                continue
+
+    await asyncio.gather(*(publisher(number) for number in range(10)))
+    return acknowledged
+
+
+HURTS: dict[str, Callable[[ReplicaSet], object]] = {
+    "step-down": lambda replica_set: replica_set.step_down(5),
+    "kill": lambda replica_set: replica_set.primary().kill(),
+    "stop": lambda replica_set: replica_set.primary().stop(),
+}
+
+
+@pytest.mark.parametrize("hurt", HURTS)
+async def test_three_writers_lose_their_primary(hurt: str, database: str, log: ExpectedLog) -> None:
+    """P1, P2: contending processes, a primary gone: contiguous, what was acknowledged is there, and nothing twice."""
+    log.expect("history.commit_failed", "history.read_failed")
+    done = asyncio.Event()
+    heard: dict[int, list[tuple[int, bytes]]] = {0: [], 1: [], 2: []}
+    async with AsyncExitStack() as stack:
+        histories = [
+            await stack.enter_async_context(opened(database, driver=DRIVERS[number % 2])) for number in range(3)
+        ]
+        for number, history in enumerate(histories):
+            history.on_commit = lambda channel, epoch, publications, mine=heard[number]: mine.extend(  # type: ignore[misc]
+                (each.offset, each.data) for each in publications
+            )
+        floods = [asyncio.ensure_future(flood(each, str(n), done, "a")) for n, each in enumerate(histories)]
+        stack.callback(done.set)
+
+        async def progress() -> None:
+            wanted = {number: len(mine) + 30 for number, mine in heard.items()}
+            await until(lambda: _true(all(len(heard[n]) >= count for n, count in wanted.items())), "all get their turn")
+
+        await progress()
+        with disturbing(shared_set()) as replica_set:
+            await asyncio.to_thread(lambda: HURTS[hurt](replica_set))
+            await asyncio.to_thread(replica_set.primary)
+            await progress()
+            await asyncio.to_thread(replica_set.recover)
+        await progress()
+        done.set()
+        acknowledged: dict[bytes, Position] = {}
+        for each in await asyncio.gather(*floods):
+            acknowledged |= each
+        # What is still in doubt comes to its end in close; another one looks.
+        for history in histories:
+            await history.close()
+        other = await stack.enter_async_context(opened(database))
+        page = await everything(other, "a")
+        stored = {each.offset: each.data for each in page.publications}
+        assert max(Counter(stored.values()).values()) == 1
+        assert all(stored[position.offset] == data for data, position in acknowledged.items())
+        told = sorted(itertools.chain(*heard.values()))
+        assert told == sorted(stored.items())
+        for mine in heard.values():
+            assert [offset for offset, _ in mine] == sorted(offset for offset, _ in mine)
+
+
+async def _true(value: bool) -> bool:
+    return value
+
+
+async def test_a_majority_that_cannot_be_had(database: str, log: ExpectedLog) -> None:
+    """Two of three members stopped: error in time, the key says so too; then it is stored once, and told once."""
+    log.expect("history.commit_failed", "history.read_failed")
+    heard: list[bytes] = []
+    async with opened(database, publish_timeout="1s") as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(each.data for each in publications)
+        await say(history, "a", "before")
+        with disturbing(shared_set()) as replica_set:
+            for member in replica_set.secondaries():
+                member.stop()
+            began = time.monotonic()
+            keyed = Draft(b"keyed", key="k")
+            outcomes = await asyncio.gather(
+                *(history.append("a", keyed, FOREVER, NOW) for _ in range(3)),
+                history.append("b", Draft(b"elsewhere"), FOREVER, NOW),
+                return_exceptions=True,
+            )
+            assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4
+            assert time.monotonic() - began < 3
+            with pytest.raises(Unavailable):
+                await history.append("a", keyed, FOREVER, NOW)
+            assert history.trouble
+            assert heard == [b"before"]
+            await asyncio.to_thread(replica_set.recover)
+        again = await retried(history, "a", keyed)
+        assert again.position.offset == 2
+        # Told already, or by this very call: it asks for the outcome of the first one, and that comes once.
+        assert heard.count(b"keyed") == 1
+        assert await history.append("a", keyed, FOREVER, NOW) == Appended(again.position, repeated=True)
+        await until(lambda: _true(history.trouble == ""), "all is well again")
+        assert [each.data for each in (await everything(history, "a")).publications] == [b"before", b"keyed"]
+
+
+async def test_away_and_back(database: str, log: ExpectedLog) -> None:
+    """All members dead: everything says Unavailable in time and why; afterwards all goes on, by itself."""
+    log.expect("history.commit_failed", "history.read_failed")
+    async with opened(database, publish_timeout="1s") as history:
+        await say(history, "a", "1")
+        with disturbing(shared_set()) as replica_set:
+            for member in replica_set.members:
+                member.kill()
+            began = time.monotonic()
+            waits: list[Awaitable[Any]] = [
+                history.append("a", Draft(b"2", key="k"), FOREVER, NOW),
+                history.read("a", FOREVER, NOW),
+                history.read("unknown", FOREVER, NOW),
+                history.tops(["a", "unknown"]),
+                history.remove("a"),
+                history.redact("a", 1),
+                history.sweep(lambda channel: FOREVER, NOW),
+            ]
+            outcomes = await asyncio.gather(*waits, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [Unavailable] * len(waits)
+            assert time.monotonic() - began < 4
+            assert history.trouble
+            await asyncio.to_thread(replica_set.recover)
+        await history.sweep(lambda channel: FOREVER, NOW)
+        assert (await retried(history, "a", Draft(b"2", key="k"))).position.offset == 2
+        await until(lambda: _true(history.trouble == ""), "all is well again")
+        assert len((await everything(history, "a")).publications) == 2
+    assert len(log.seen("history.commit_failed")) == len(log.seen("history.commit_recovered")) == 1
+    assert len(log.seen("history.read_failed")) == len(log.seen("history.read_recovered")) == 1
+
+
+async def test_what_nobody_sent_is_dropped_with_its_publisher(database: str, log: ExpectedLog) -> None:
+    """Behind a commit in doubt: who was told that it failed is not published an hour later, and the queue is free."""
+    log.expect("history.commit_failed", "history.read_failed")
+    async with opened(database, publish_timeout="1s") as history:
+        await say(history, "a", "1")
+        with disturbing(shared_set()) as replica_set:
+            for member in replica_set.members:
+                member.stop()
+            first = asyncio.ensure_future(history.append("a", Draft(b"in doubt"), FOREVER, NOW))
+            await asyncio.sleep(0)  # it is on its way before the others come
+            await asyncio.sleep(0)
+            for _ in range(2):
+                behind = [history.append("a", Draft(b"late"), FOREVER, NOW) for _ in range(QUEUE_PUBLICATIONS - 1)]
+                outcomes = await asyncio.gather(*behind, return_exceptions=True)
+                assert {type(outcome) for outcome in outcomes} == {Unavailable}
+            with pytest.raises(Unavailable):
+                await first
+            await asyncio.to_thread(replica_set.recover)
+        assert (await retried(history, "a", Draft(b"after"))).position.offset == 3
+        data = [each.data for each in (await everything(history, "a")).publications]
+        assert data == [b"1", b"in doubt", b"after"]
+
+
+@every_driver
+async def test_close_has_an_end(driver: str, database: str, log: ExpectedLog) -> None:
+    """With a commit in doubt and nobody answering, close ends in time, and whoever waits is told."""
+    log.expect("history.commit_failed")
+    async with opened(database, publish_timeout="2s", driver=driver) as history:
+        await say(history, "a", "1")
+        with disturbing(shared_set()) as replica_set:
+            for member in replica_set.members:
+                member.stop()
+            waiting = asyncio.ensure_future(history.append("a", Draft(b"2"), FOREVER, NOW))
+            await asyncio.sleep(0)
+            began = time.monotonic()
+            await history.close()
+            assert time.monotonic() - began < 6
+            with pytest.raises(Unavailable):
+                await waiting
+            with pytest.raises(Unavailable, match="not open"):
+                await history.append("a", Draft(b"3"), FOREVER, NOW)
+
+
+# --- several processes --------------------------------------------------------------
+
+
+async def test_raced_keys_are_published_once(database: str) -> None:
+    """P5: 120 keys, each used at once by two processes, one of them with others beside it: one publication each."""
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        keys = [f"key {n}" for n in range(120)]
+        sides = [
+            asyncio.gather(*(side.append("a", Draft(key.encode(), key=key), FOREVER, NOW) for key in keys))
+            for side in (left, right)
+        ]
+        beside = asyncio.gather(*(say(left, "a", f"{n}") for n in range(100)))
+        ours, theirs = await asyncio.gather(*sides)
+        await beside
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.position == other.position
+            assert mine.repeated != other.repeated
+        assert len((await everything(left, "a")).publications) == 220
+
+
+async def test_an_expired_key_is_raced_for_anew(database: str) -> None:
+    """Keys whose time is over are free, once, for whoever comes first; in the log they do not stand in the way."""
+    async with opened(database, idempotency_ttl_ms=1_000) as left, opened(database, idempotency_ttl_ms=1_000) as right:
+        keys = [f"key {n}" for n in range(30)]
+        for late_ms, base in ((0, 0), (1_000, 30), (2_000, 60)):
+            sides = [
+                asyncio.gather(*(side.append("a", Draft(b"", key=key), FOREVER, NOW + late_ms) for key in keys))
+                for side in (left, right)
+            ]
+            ours, theirs = await asyncio.gather(*sides)
+            for mine, other in zip(ours, theirs, strict=True):
+                assert (mine.position, mine.repeated) == (other.position, not other.repeated)
+            assert sorted(each.position.offset - base for each in ours) == list(range(1, 31))
+
+
+async def test_a_sweep_that_is_raced_tells_the_truth(database: str) -> None:
+    """Readers beside a publisher and sweeps of two processes: no page has a hole, nothing above the floor is gone."""
+    short = Retention(20, -1, -1)
+    async with opened(database) as writer, opened(database, driver="pymongo") as reader:
+        done = asyncio.Event()
+
+        async def publish() -> None:
+            for n in range(400):
+                await writer.append("a", Draft(b"%d" % n), short, NOW + n)
+                if n % 10 == 0:
+                    await writer.remove("a") if n % 100 == 50 else await writer.sweep(lambda channel: short, NOW + n)
+            done.set()
+
+        async def recover() -> int:
+            position, epoch, pages = 0, "", 0
+            while not done.is_set():
+                await reader.sweep(lambda channel: short, NOW)
+                page = await reader.read("a", FOREVER, NOW, since=position)
+                pages += 1
+                first = page.publications[0].offset if page.publications else page.top.offset + 1
+                assert page.top.offset >= position
+                assert not page.publications or first == max(position, page.floor) + 1
+                assert epoch in ("", page.top.epoch)
+                epoch = page.top.epoch
+                position = page.publications[-1].offset if page.publications else page.top.offset
+                backward = await reader.read("a", short, NOW, reverse=True, limit=5)
+                numbers = [each.offset for each in backward.publications]
+                assert numbers == list(range(backward.top.offset, backward.top.offset - len(numbers), -1))
+                assert len(numbers) == min(5, backward.top.offset - backward.floor)
+            return pages
+
+        _, pages = await asyncio.gather(publish(), recover())
+        assert pages > 5
+        assert (await everything(reader, "a")).top.offset == 400
+
+
+async def test_a_life_that_ends_beside_publications(database: str) -> None:
+    """Forgetting races with publishing of two processes: no position is given twice, none is left out."""
+    fades = Retention(-1, 1, 1)
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        given: list[Position] = []
+
+        async def publish(history: MongoHistory) -> None:
+            for n in range(60):
+                given.append((await history.append("a", Draft(b""), FOREVER, NOW + n)).position)
+                if n % 5 == 4:
+                    await history.sweep(lambda channel: fades, NOW + 10_000)
+
+        await asyncio.gather(publish(left), publish(right))
+        assert len(set(given)) == len(given) == 120
+        lives = Counter(position.epoch for position in given)
+        assert len(lives) > 1
+        for epoch, count in lives.items():
+            assert {position.offset for position in given if position.epoch == epoch} == set(range(1, count + 1))
+
+
+async def test_a_guess_from_old_knowledge_is_no_slot_of_the_past(database: str) -> None:
+    """Trimmed documents are deleted only when nobody can guess their slots any more: who comes back looks first."""
+    one = Retention(1, -1, -1)
+    after_ms = NOW + GUARD_MS + 1_000
+    async with opened(database) as sleeper, opened(database, driver="pymongo") as other:
+        await say(sleeper, "a", "1", at_ms=NOW)
+        for n in range(2, 6):
+            await say(other, "a", str(n), at_ms=NOW + n)
+        await other.sweep(lambda channel: one, NOW + 1_000)
+        with inside(database) as seen:
+            assert seen["log"].count_documents({}) == 5
+            await other.sweep(lambda channel: one, after_ms)
+            assert seen["log"].count_documents({}) == 1
+        assert await say(sleeper, "a", "6", at_ms=after_ms) == [6]
+        assert await say(other, "a", "7", at_ms=after_ms + int(TRUST_S * 1000) + 1) == [7]
+
+
+async def test_a_forgotten_channel_leaves_nothing(database: str) -> None:
+    """In the end a channel past its meta TTL has no document left, neither of its publications nor of its keys."""
+    fades = Retention(-1, 1, 1)
+    async with opened(database, idempotency_ttl_ms=1_000) as history:
+        await history.append("a", Draft(b"1", key="k"), fades, NOW)
+        for late_ms in (10, GUARD_MS + 2_000, 2 * GUARD_MS + 4_000):
+            for _ in range(2):
+                await history.sweep(lambda channel: fades, NOW + late_ms)
+        with inside(database) as seen:
+            assert seen["log"].count_documents({}) == seen["channels"].count_documents({}) == 0
+        appended = await history.append("a", Draft(b"1", key="k"), fades, NOW + 3 * GUARD_MS)
+        assert (appended.position.offset, appended.repeated) == (1, False)
+
+
+async def test_what_was_announced_is_read(database: str) -> None:
+    """After ``heard`` no read is older, and the next commit takes the next slot without a look."""
+    async with opened(database) as left, opened(database) as right:
+        first = (await left.append("a", Draft(b"1"), FOREVER, NOW)).position
+        assert (await right.tops("a"))["a"] == first
+        second = (await left.append("a", Draft(b"2"), FOREVER, NOW)).position
+        right.heard("a", second, NOW)
+        with queries(database) as asked:
+            assert (await right.append("a", Draft(b"3"), FOREVER, NOW)).position.offset == 3
+        assert asked == []
+        left.heard("a", Position(9, "another life"), NOW)
+        left.heard("a", Position(4, first.epoch), NOW)
+        with pytest.raises(Unavailable, match="older"):
+            # Nobody but a liar announces what is not there; better no answer than one that contradicts it.
+            async with asyncio.timeout(10):
+                await left.read("a", FOREVER, NOW)
+
+
+@contextmanager
+def queries(database: str) -> Iterator[list[dict[str, Any]]]:
+    """The finds that the primary is asked for in ``database`` inside the block, known after it."""
+    found: list[dict[str, Any]] = []
+    with inside(database) as seen:
+        seen.command({"profile": 2})
+        yield found
+        seen.command({"profile": 0})
+        found += seen["system.profile"].find(
+            {"op": {"$in": ["query", "getmore"]}, "ns": {"$ne": f"{database}.system.profile"}}
+        )
+        seen["system.profile"].drop()
+
+
+async def test_tops_of_thousands_cost_one_query(database: str, log: ExpectedLog) -> None:
+    """Channels whose top is known are compared in one query, with news a look more; unknown ones in two."""
+    names = [f"channel {n}" for n in range(2_000)]
+    async with opened(database) as history, opened(database) as other:
+        await asyncio.gather(*(history.append(name, Draft(b""), FOREVER, NOW) for name in names))
+        with queries(database) as asked:
+            assert len(await history.tops(names)) == 2_000
+        assert len(asked) <= 2
+        await say(other, names[3], "news")
+        assert (await history.tops(names))[names[3]].offset == 2
+        with queries(database) as asked:
+            assert await other.tops([f"quiet {n}" for n in range(2_000)]) == {}
+        assert len(asked) <= 3
+
+
+async def test_times_never_go_backwards_across_processes(database: str) -> None:
+    """A process whose clock is behind gives its publications the time of the one before, whoever made that."""
+    async with opened(database) as fast, opened(database) as slow:
+        for _ in range(3):
+            await say(fast, "a", "x", at_ms=NOW + 5_000)
+            await say(slow, "a", "x", at_ms=NOW)
+        page = await everything(fast, "a")
+        assert [each.time_ms - NOW for each in page.publications] == [5_000] * 6
+
+
+async def test_new_epochs_beside_a_publisher(database: str) -> None:
+    """All servers had better be stopped; what one that is not publishes is in the new life or in the old."""
+    async with opened(database) as publisher, opened(database) as operator:
+        before = (await publisher.append("a", Draft(b"old"), FOREVER, NOW)).position
+        assert await operator.new_epochs() == 1
+        after = (await publisher.append("a", Draft(b"new"), FOREVER, NOW)).position
+        assert after.epoch != before.epoch
+        assert after.offset == 1
+        page = await everything(operator, "a")
+        assert ([each.data for each in page.publications], page.top) == ([b"new"], after)
+
+
+async def test_neighbours_are_redacted_at_once(database: str) -> None:
+    """Two processes that redact publications of one document take nothing back from each other."""
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        await say(left, "a", *(f"secret {n}" for n in range(20)))
+        await asyncio.gather(*(side.redact("a", n) for n in range(1, 9) for side in (left, right)))
+        data = [each.data for each in (await everything(left, "a")).publications]
+        assert data == [b"null"] * 8 + [f"secret {n}".encode() for n in range(8, 20)]
+        with inside(database) as seen:
+            assert not any(b"secret 3" in bson.encode(document) for document in seen["log"].find())
+
+
+async def test_remove_erases_at_once(database: str) -> None:
+    """After ``remove`` no payload is left in the database, though keys and places are."""
+    async with opened(database) as history:
+        for n in range(3):
+            await history.append("a", Draft(b"secret", key=f"{n}"), FOREVER, NOW)
+        await history.remove("a")
+        with inside(database) as seen:
+            assert not any(b"secret" in bson.encode(document) for document in seen["log"].find())
+        assert (await history.append("a", Draft(b"", key="1"), FOREVER, NOW)).repeated
+
+
+# --- what is not ours ----------------------------------------------------------------
+
+
+async def test_documents_that_are_not_ours_are_skipped_and_named(database: str, log: ExpectedLog) -> None:
+    """Whatever stands in the collections: reads and sweeps go on, and each stranger is named once."""
+    log.expect("history.document_skipped")
+    async with opened(database) as history:
+        await say(history, "a", "1")
+        with inside(database) as seen:
+            stranger = seen["log"].insert_one({"invoice": 1}).inserted_id
+            seen["log"].insert_one({"_id": {"channel": "a", "first": 1.5}, "last": "x"})
+            seen["log"].insert_one({"_id": {"channel": "a", "first": "x"}, "last": 1, "time": 1})
+            seen["channels"].insert_one({"_id": "b", "epoch": 5})
+            seen["channels"].insert_one({"owner": "somebody"})
+        for _ in range(2):
+            assert len((await history.read("a", FOREVER, NOW, since=0)).publications) == 1
+            await history.sweep(lambda channel: Retention(5, 10, 10), NOW)
+            assert (await history.tops("ab")).keys() == {"a"}
+        assert await say(history, "a", "2") == [2]
+    async with opened(database):
+        pass
+    named = Counter(str(fields["document"]) for fields in log.seen("history.document_skipped"))
+    assert named[repr(stranger)] == 1
+    assert named["'b'"] == 1
+    assert named["{'channel': 'a', 'first': 1.5}"] >= 1
+
+
+async def test_a_slot_that_a_stranger_holds_costs_its_channel_alone(database: str, log: ExpectedLog) -> None:
+    """Nothing can be published where somebody else's document stands: Unavailable, named; other channels go on."""
+    log.expect("history.document_skipped", "history.commit_failed")
+    async with opened(database, publish_timeout="1s") as history:
+        await say(history, "a", "1")
+        with inside(database) as seen:
+            seen["log"].insert_one({"_id": {"channel": "a", "first": 2}, "junk": True})
+            with pytest.raises(Unavailable):
+                await say(history, "a", "2")
+            assert await say(history, "b", "1", "2") == [1, 2]
+            assert len((await everything(history, "a")).publications) == 1
+            seen["log"].delete_one({"junk": True})
+        assert (await retried(history, "a", Draft(b"3"))).position.offset in (2, 3)
+
+
+async def test_a_listener_that_raises_costs_nobody_an_answer(database: str, log: ExpectedLog) -> None:
+    """A fault in on_commit is logged; the commit stands, and the others in the batch are told."""
+    log.expect("history.listener_failed")
+
+    def listen(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+        if channel == "a":
+            raise LookupError(channel)
+
+    async with opened(database) as history:
+        history.on_commit = listen
+        appends = [history.append(name, Draft(b""), FOREVER, NOW) for name in "abc"]
+        assert [each.position.offset for each in await asyncio.gather(*appends)] == [1, 1, 1]
+    assert log.seen("history.listener_failed") == [{"channel": "a"}]
+
+
+async def test_what_cannot_be_stored_harms_nobody_else(database: str) -> None:
+    """Text that is no Unicode, and more than a document holds, are refused before they are queued."""
+    async with opened(database) as history:
+        outcomes = await asyncio.gather(
+            say(history, "a", "1"),
+            history.append("\ud800", Draft(b""), FOREVER, NOW),
+            history.append("a", Draft(b"", key="\ud800"), FOREVER, NOW),
+            history.append("a", Draft(b"", tags={"k": "\udfff"}), FOREVER, NOW),
+            history.append("a", Draft(bytes(16 * 1024 * 1024)), FOREVER, NOW),
+            say(history, "a", "2"),
+            return_exceptions=True,
+        )
+        kinds = [type(outcome) for outcome in outcomes]
+        assert all(issubclass(kind, ValueError) for kind in kinds[1:4])
+        assert kinds[4] is Refused
+        assert len((await everything(history, "a")).publications) == 2
+
+
+# --- opening -------------------------------------------------------------------------
+
+
+async def refusal(settings: dict[str, Any]) -> str:
+    """What ``open`` says, within ten seconds; everything else says Unavailable as well, and close is harmless."""
+    history = MongoHistory(MongoSettings.model_validate(settings))
+    began = time.monotonic()
+    with pytest.raises(Unavailable) as unavailable:
+        await history.open()
+    assert time.monotonic() - began < 10
+    assert history.trouble == str(unavailable.value)
+    with pytest.raises(Unavailable):
+        await history.append("a", Draft(b""), FOREVER, NOW)
+    with pytest.raises(Unavailable):
+        await history.read("a", FOREVER, NOW)
+    await history.close()
+    return str(unavailable.value)
+
+
+@every_driver
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mongodb://127.0.0.1:99999/", "mongo.url: "),
+        ("mongodb://127.0.0.1:27017/?replicaSet=", "mongo.url: "),
+        ("mongodb://us:er:pass@127.0.0.1/", "mongo.url: "),
+        ("mongodb://127.0.0.1/?tls=perhaps", "mongo.url: "),
+        ("mongodb://no-such-host.invalid/", "unknown host name"),
+    ],
+)
+async def test_a_url_that_is_wrong(driver: str, url: str, words: str) -> None:
+    """It is the setting that is named, and what is wrong with it."""
+    said = await refusal({"url": url, "driver": driver})
+    assert said.startswith("mongo.url: ")
+    assert words in said
+
+
+@every_driver
+async def test_nobody_answers(driver: str) -> None:
+    """Each address is named with what was found there; never the password."""
+    ports = [free_port(), free_port()]
+    url = f"mongodb://me:hush@127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/?replicaSet=waterspout"
+    said = await refusal({"url": url, "driver": driver})
+    assert said.startswith("mongo.url: nobody answers")
+    assert all(f"127.0.0.1:{port}" in said for port in ports)
+    assert "refused" in said
+    assert "hush" not in said
+
+
+async def test_a_port_that_says_nothing() -> None:
+    """Somebody listens and does not speak: found out in time."""
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 20)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        said = await refusal({"url": f"mongodb://127.0.0.1:{port}/"})
+        assert said.startswith("mongo.url: ")
+        assert f"127.0.0.1:{port}" in said
+
+
+@every_driver
+async def test_an_old_server(driver: str) -> None:
+    """MongoDB 4.2 is too old, and is called that."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hello = {"ok": 1, "ismaster": True, "helloOk": True, "setName": "rs", "minWireVersion": 0, "maxWireVersion": 8}
+        hello |= {"hosts": [f"127.0.0.1:{port}"], "me": f"127.0.0.1:{port}", "setVersion": 1}
+        try:
+            while header := await reader.readexactly(16):
+                length, request = (int.from_bytes(header[n : n + 4], "little") for n in (0, 4))
+                kind = int.from_bytes(header[12:16], "little")
+                await reader.readexactly(length - 16)
+                # OP_MSG has flags and one section of kind 0; OP_REPLY flags, cursor, start, and one document.
+                prefix = bytes(5) if kind == 2013 else bytes(16) + (1).to_bytes(4, "little")
+                body = prefix + bson.encode(hello)
+                numbers = (16 + len(body), 0, request, 2013 if kind == 2013 else 1)
+                writer.write(b"".join(number.to_bytes(4, "little") for number in numbers) + body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        said = await refusal({"url": f"mongodb://127.0.0.1:{port}/?replicaSet=rs", "driver": driver})
+        assert said.startswith("mongo.url: expected MongoDB 4.4 or newer")
+
+
+@every_driver
+@pytest.mark.parametrize("named", [False, True], ids=["", "set named"])
+async def test_a_mongod_on_its_own(driver: str, named: bool) -> None:
+    """A standalone mongod is told from a replica set, whether or not the URL names one, and left as it was."""
+    with Mongod() as alone:
+        url = alone.url + ("?replicaSet=waterspout" if named else "")
+        said = await refusal({"url": url, "driver": driver})
+        assert said.startswith("mongo.url: expected a replica set")
+        assert "on its own" in said
+        with pymongo.MongoClient[dict[str, Any]](alone.url) as client:
+            assert "waterspout" not in client.list_database_names()
+
+
+async def test_another_set_than_named() -> None:
+    """The set's name in the URL is another one."""
+    said = await refusal({"url": shared_set().url.replace("replicaSet=waterspout", "replicaSet=other")})
+    assert said.startswith("mongo.url: expected the replica set 'other'")
+    assert "'waterspout'" in said
+
+
+async def test_only_a_secondary() -> None:
+    """A URL that leads to a secondary alone cannot be written to."""
+    secondary = shared_set().secondaries()[0]
+    said = await refusal({"url": f"mongodb://{secondary.address}/?directConnection=true"})
+    assert said.startswith("mongo.url: ")
+    assert "secondary" in said
+    assert "directConnection" in said
+
+
+async def test_a_set_without_a_primary() -> None:
+    """While there is no majority it says how each member sees it, and ``open`` succeeds when there is one again."""
+    with ReplicaSet(2) as pair:
+        history = MongoHistory(MongoSettings.model_validate({"url": pair.url}))
+        pair.secondaries()[0].kill()
+        await until(lambda: asyncio.to_thread(lambda: not _writable(pair)), "the primary steps down")
+        said = await refusal({"url": pair.url})
+        assert said.startswith("mongo.url: no primary was found")
+        assert "a secondary, and knows no primary" in said
+        await asyncio.to_thread(pair.recover)
+        await history.open()
+        assert await say(history, "a", "1") == [1]
+        await history.close()
+
+
+def _writable(replica_set: ReplicaSet) -> bool:
+    return any(member.hello().get("isWritablePrimary") for member in replica_set.members)
+
+
+@every_driver
+async def test_logins(driver: str) -> None:
+    """A wrong password, no login where one is needed, a user without the right: each is named, none shown."""
+    with ReplicaSet(1, credentials=("ad:min", "p@ss/word")) as secured:
+        settings = {"url": secured.url, "driver": driver}
+        history = MongoHistory(MongoSettings.model_validate(settings))
+        await history.open()
+        await history.close()
+        secured.primary().command({"createUser": "reader", "pwd": "s3cret", "roles": ["read"]}, database="other")
+        bare = f"mongodb://{secured.hosts}/?replicaSet=waterspout"
+        wrong = await refusal({**settings, "url": secured.url.replace("p%40ss%2Fword", "p%40ss%2Fwrong")})
+        assert "mongo.url" in wrong
+        assert "'ad:min'" in wrong
+        assert "wrong" in wrong
+        assert "p@ss" not in wrong
+        assert "p%40ss" not in wrong
+        none = await refusal({**settings, "url": bare})
+        assert "mongo.url: a login is needed" in none
+        poor = bare.replace("mongodb://", "mongodb://reader:s3cret@") + "&authSource=other"
+        said = await refusal({**settings, "url": poor})
+        assert "user 'reader' may not use the database 'waterspout'" in said
+        assert "s3cret" not in said
+
+
+def _unlike(seen: Database[dict[str, Any]]) -> None:
+    seen["log"].drop_index("keys")
+    seen["log"].create_index([("_id.channel", 1)], name="keys")
+
+
+def _not_unique(seen: Database[dict[str, Any]]) -> None:
+    seen["log"].drop_index("keys")
+    keys = [("_id.channel", 1), ("keys.key", 1)]
+    seen["log"].create_index(keys, name="keys", partialFilterExpression={"keys.key": {"$exists": True}})
+
+
+def _other_name(seen: Database[dict[str, Any]]) -> None:
+    seen["log"].drop_index("due")
+    seen["log"].create_index([("due", 1)], name="theirs", partialFilterExpression={"due": {"$exists": True}})
+
+
+@pytest.mark.parametrize("change", [_unlike, _not_unique, _other_name])
+async def test_an_index_that_differs(change: Callable[[Database[dict[str, Any]]], None], database: str) -> None:
+    """It is reported with its name and what was expected, and not changed."""
+    async with opened(database):
+        pass
+    with inside(database) as seen:
+        change(seen)
+        before = seen["log"].index_information()
+        said = await refusal({"url": shared_set().url, "database": database})
+        assert said.startswith("mongo.database: index ")
+        assert f"{database}.log" in said
+        assert seen["log"].index_information() == before
+
+
+async def test_a_missing_index_is_made(database: str) -> None:
+    """Dropping one is all that an operator has to do to have it made anew."""
+    async with opened(database):
+        pass
+    with inside(database) as seen:
+        seen["log"].drop_index("keys")
+        async with opened(database):
+            assert set(seen["log"].index_information()) == {"_id_", "keys", "due"}
+
+
+async def test_a_database_of_another_program_or_of_a_newer_server(database: str) -> None:
+    """Neither is touched."""
+    with inside(database) as seen:
+        seen["log"].insert_one({"line": "GET /"})
+        said = await refusal({"url": shared_set().url, "database": database})
+        assert said.startswith(f"mongo.database: {database!r} is another program's")
+        assert seen.list_collection_names() == ["log"]
+        seen["log"].drop()
+        async with opened(database):
+            pass
+        seen["meta"].update_one({"_id": "format"}, {"$set": {"version": 99}})
+        said = await refusal({"url": shared_set().url, "database": database})
+        assert said.startswith("mongo.database: ")
+        assert "newer version of this server (format 99" in said
+
+
+async def test_opening_twice_at_once(database: str) -> None:
+    """Processes that start at the same moment make what is missing together."""
+    histories = [made(database, driver=driver) for driver in DRIVERS * 2]
+    await asyncio.gather(*(history.open() for history in histories))
+    assert sorted(itertools.chain(*[await say(history, "a", "x") for history in histories])) == [1, 2, 3, 4]
+    await asyncio.gather(*(history.close() for history in histories))
+
+
+def test_a_member_that_is_missing_is_no_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any mongod the tests fail, and say where one was looked for."""
+    import mongod
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(mongod.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="fiftyone"):
+        mongod.mongod_path()
+    assert isinstance(shared_set().primary(), Member)

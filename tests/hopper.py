@@ -1,0 +1,337 @@
+"""HTTP as a program without a library speaks it, and a reader that keeps one cursor and no transport.
+
+``ask`` is one request; ``EventStream`` is what a browser's ``EventSource`` does.  ``Hopper`` follows a
+channel over all transports in turn: a few publications here, a few there, with nothing in its hands but the
+cursor that the last one gave it.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
+
+import websockets
+from support import PATIENCE_S, Client, Closed
+
+
+class Reply(NamedTuple):
+    """An HTTP answer; the names of ``headers`` are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as a value."""
+        return json.loads(self.body)
+
+
+class Cut(Exception):
+    """The connection ended before the answer did."""
+
+
+# --- HTTP ---------------------------------------------------------------------------
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """The status and the headers of an answer; raises ``Cut``."""
+    try:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    except (asyncio.IncompleteReadError, OSError):
+        raise Cut("no answer") from None
+    lines = head.split("\r\n")
+    names = (line.partition(":") for line in lines[1:] if line)
+    return int(lines[0].split()[1]), {name.lower(): value.strip() for name, _, value in names}
+
+
+async def read_chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The pieces of a chunked body (RFC 9112 7.1); raises ``Cut`` if it ends in the middle."""
+    try:
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+    except (asyncio.IncompleteReadError, OSError):
+        raise Cut("a cut body") from None
+
+
+def head_of(method: str, path: str, headers: Mapping[str, str]) -> bytes:
+    """The head of a request."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+async def ask(
+    port: int, path: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, body: Any = None
+) -> Reply:
+    """One request on a connection of its own; ``body`` is JSON unless it is bytes; raises ``Cut`` and ``OSError``."""
+    sent = dict(headers or {})
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    if body is not None:
+        method = "POST" if method == "GET" else method
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)), **sent}
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head_of(method, path, {"Connection": "close", **sent}) + data)
+        status, found = await read_head(reader)
+        if method == "HEAD" or status in (204, 304):
+            content = b""
+        elif "content-length" in found:
+            content = await reader.readexactly(int(found["content-length"]))
+        else:
+            content = b"".join([chunk async for chunk in read_chunks(reader)])
+        return Reply(status, found, content)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise Cut("a cut answer") from None
+    finally:
+        await vanish(writer)
+
+
+async def vanish(writer: asyncio.StreamWriter) -> None:
+    """Be gone, without a goodbye."""
+    writer.transport.abort()
+    with suppress(OSError):
+        await writer.wait_closed()
+
+
+class Event(NamedTuple):
+    """One event of a stream."""
+
+    kind: str
+    data: Any
+    id: str
+
+
+class EventStream:
+    """A browser's ``EventSource`` without the coming back: ``last_id`` is what it would come back with.
+
+    Only chunked streams are understood; ``comments`` counts what is meant for nobody.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, headers: dict[str, str]
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.last_id = ""
+        self.comments = 0
+        self.problem: Any = None
+        self._reader = reader
+        self._writer = writer
+        self._events = self._read()
+
+    @classmethod
+    async def open(cls, port: int, path: str, headers: Mapping[str, str] | None = None, limit: int = 2**20) -> Self:
+        """Ask for a stream; whatever the answer is.  Raises ``Cut`` and ``OSError``."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit)
+        writer.write(head_of("GET", path, {"Accept": "text/event-stream", **(headers or {})}))
+        try:
+            stream = cls(reader, writer, *await read_head(reader))
+        except BaseException:
+            await vanish(writer)
+            raise
+        if stream.status != 200:
+            stream.problem = json.loads(await reader.readexactly(int(stream.headers["content-length"])))
+            await stream.drop()
+        return stream
+
+    async def next(self) -> Event:
+        """The next event; raises ``Cut`` if the stream is cut, ``StopAsyncIteration`` if it ends."""
+        async with asyncio.timeout(PATIENCE_S):
+            return await anext(self._events)
+
+    async def take(self, count: int) -> list[Event]:
+        """The next ``count`` events."""
+        return [await self.next() for _ in range(count)]
+
+    async def began(self) -> str:
+        """Wait for the first id, which says that the stream stands; returns it."""
+        assert (await self.next()).kind == "id", "expected a stream to begin with its id"
+        return self.last_id
+
+    async def _read(self) -> AsyncIterator[Event]:
+        """Events as the HTML standard parses them, 9.2.6; an id alone is an event ``id`` for the tests to wait for."""
+        text = b""
+        async for chunk in read_chunks(self._reader):
+            text += chunk
+            *blocks, text = text.split(b"\n\n")
+            for block in blocks:
+                kind, data, id = "", None, None
+                for line in block.decode().split("\n"):
+                    name, _, value = line.partition(":")
+                    value = value.removeprefix(" ")
+                    if name == "event":
+                        kind = value
+                    elif name == "data":
+                        data = json.loads(value)
+                    elif name == "id":
+                        id = self.last_id = value
+                    elif not name:
+                        self.comments += 1
+                if data is not None:
+                    yield Event(kind or "message", data, self.last_id)
+                elif id is not None:
+                    yield Event("id", None, id)
+
+    async def drop(self) -> None:
+        """Vanish."""
+        await vanish(self._writer)
+
+
+@asynccontextmanager
+async def events(port: int, path: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[EventStream]:
+    """An event stream that is dropped at the end."""
+    stream = await EventStream.open(port, path, headers)
+    try:
+        yield stream
+    finally:
+        await stream.drop()
+
+
+# --- the hopper ---------------------------------------------------------------------------
+class Lost(AssertionError):
+    """A transport said that the cursor is gone, and nobody had trimmed anything."""
+
+
+class Hopper:
+    """One reader of a kept channel.
+
+    Each leg begins at the cursor, on any of ``ports``, and takes a few publications; how it ends is left to
+    chance, and to whoever cuts connections and kills processes.  ``received`` must be history in the end.
+    """
+
+    def __init__(self, ports: Sequence[int], channel: str, dice: random.Random, token: str = "") -> None:
+        self.ports = ports
+        self.channel = channel
+        self.received: list[dict[str, Any]] = []
+        self.legs: dict[str, int] = {}
+        """How many legs each transport has carried that brought something."""
+        self.cuts = 0
+        self.epoch = ""
+        self.offset = 0
+        self._dice = dice
+        self._token = token
+        self._news = asyncio.Event()
+        self._kinds = {"websocket": self.websocket, "events": self.events, "poll": self.poll, "rest": self.rest}
+
+    @property
+    def cursor(self) -> str:
+        """Where it stands."""
+        return f"{self.epoch}:{self.offset}"
+
+    async def hop(self, count: int) -> None:
+        """Hop until ``count`` publications have been received."""
+        while len(self.received) < count:
+            kind = self._dice.choice(list(self._kinds))
+            before = len(self.received)
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    taken = min(self._dice.randint(1, 7), count - before)
+                    await self._kinds[kind](self._dice.choice(self.ports), taken)
+            except (OSError, Cut, Closed, TimeoutError, websockets.WebSocketException, StopAsyncIteration):
+                self.cuts += 1
+                await asyncio.sleep(0.02)  # a client that came back at once, again and again, would be a flood
+            if len(self.received) > before:
+                self.legs[kind] = self.legs.get(kind, 0) + 1
+
+    def take(self, publication: Mapping[str, Any], epoch: str = "") -> None:
+        """A publication has come: it moves the cursor."""
+        self.received.append({"offset": publication["offset"], "data": publication["data"]})
+        self.offset = publication["offset"]
+        self.epoch = epoch or publication.get("epoch") or self.epoch
+        self._news.set()
+
+    async def reached(self, count: int) -> None:
+        """Wait until it has received so many."""
+        while len(self.received) < count:
+            self._news.clear()
+            await self._news.wait()
+
+    # --- the legs ---
+    async def websocket(self, port: int, count: int) -> None:
+        """Subscribe with recovery, take some, vanish."""
+        url = f"ws://127.0.0.1:{port}/connection/websocket"
+        client = await Client.connected(url, **({"token": self._token} if self._token else {}))
+        try:
+            result = await client.ask(
+                "subscribe", channel=self.channel, recover=True, epoch=self.epoch, offset=self.offset
+            )
+            if not result.get("recovered"):
+                raise Lost(f"{self.cursor} on a WebSocket: {result}")
+            recovered = result.get("publications", [])
+            for publication in recovered:
+                self.take(publication, result.get("epoch", ""))
+            for _ in range(count - len(recovered)):
+                self.take(await client.push("pub", self.channel))
+        finally:
+            await client.drop()
+
+    async def events(self, port: int, count: int) -> None:
+        """Listen from the cursor, as a browser that comes back."""
+        headers = {"Last-Event-ID": self.cursor, **self._authorization}
+        async with events(port, f"{self._path}/events", headers) as stream:
+            self._check(stream.status, stream.problem)
+            taken = 0
+            while taken < count:
+                event = await stream.next()
+                if event.kind == "reset":
+                    raise Lost(f"{self.cursor} in an event stream: {event}")
+                if event.kind == "message":
+                    self.take(event.data)
+                    assert event.id == self.cursor, f"expected the id {self.cursor}, got {event.id}"
+                    taken += 1
+                elif event.kind != "id":
+                    raise Cut(str(event))
+
+    async def poll(self, port: int, count: int) -> None:
+        """Long-poll from the cursor."""
+        await self._read(port, count, {"Prefer": "wait=2"})
+
+    async def rest(self, port: int, count: int) -> None:
+        """Read what is there, page by page."""
+        while await self._read(port, count, {}):
+            continue
+
+    async def _read(self, port: int, count: int, headers: Mapping[str, str]) -> bool:
+        """Read one page from the cursor on; says whether there is another."""
+        path = f"{self._path}/publications?since={self.cursor}&limit={count}"
+        reply = await ask(port, path, headers={**headers, **self._authorization})
+        self._check(reply.status, reply.body)
+        page = reply.json
+        for publication in page["publications"]:
+            self.take(publication, page["epoch"])
+        assert (page["epoch"] or self.epoch, page["offset"]) == (self.epoch, self.offset)
+        return "link" in reply.headers
+
+    def _check(self, status: int, problem: Any) -> None:
+        if status == 410:
+            raise Lost(f"{self.cursor} over HTTP: {problem}")
+        if status >= 500 or status == 429:
+            raise Cut(f"{status}: {problem}")
+        assert status == 200, f"{status}: {problem}"
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/channels/{quote(self.channel, safe='')}"
+
+    @property
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
+
+
+async def publish_all(ports: Callable[[], Sequence[int]], channel: str, count: int, dice: random.Random) -> list[Any]:
+    """Publish ``count`` numbered values by REST, each until it is acknowledged; returns them in order."""
+    for number in range(count):
+        while True:
+            with suppress(OSError, Cut, TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    reply = await ask(
+                        dice.choice(ports()),
+                        f"/v1/channels/{quote(channel, safe='')}/publications",
+                        headers={"Idempotency-Key": f"number-{number}"},
+                        body={"data": number},
+                    )
+                if reply.status == 201:
+                    break
+            await asyncio.sleep(0.02)  # as above
+    return list(range(count))
