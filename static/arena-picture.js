@@ -2,12 +2,15 @@
 
 import { SHIP_R, WORLD } from '/static/arena-world.js';
 
-const LEAST_SCALE = 0.62; // smaller than that, a phone shows a part of the world around the ship
 const GRID = 100;
-const BLAST_MS = 600;
+const BLAST_MS = 700;
+const WORD_MS = 1_100;
+const TRAIL_MS = 420;
 const COLOURS = 6;
-const NAMES = ['outside', 'sky', 'grid', 'edge', 'star', 'shot', 'flame', 'ink', ...Array.from({ length: COLOURS }, (_, i) => `ship-${i}`)];
+const NAMES = ['outside', 'sky', 'horizon', 'grid', 'edge', 'star', 'shot', 'flame', 'ink', ...Array.from({ length: COLOURS }, (_, i) => `ship-${i}`)];
 const STARS = Array.from({ length: 90 }, (_, i) => [(i * 733.3) % WORLD.width, (i * i * 97.7) % WORLD.height, 1 + (i % 3)]);
+
+const SHADE = new Path2D(`M${SHIP_R * 1.15} 0L${-SHIP_R * 0.9} ${SHIP_R * 0.8}L${-SHIP_R * 0.55} 0Z`);
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
@@ -28,6 +31,8 @@ export class Picture {
   #top = 0;
   #colours = {};
   #blasts = [];
+  #words = [];
+  #trails = new WeakMap(); // whose ship it is -> places where it thrust
   #calm = matchMedia('(prefers-reduced-motion: reduce)');
 
   constructor(canvas) {
@@ -61,12 +66,17 @@ export class Picture {
     this.#blasts.push({ x, y, now, key });
   }
 
-  /** `me` and `others` are `{ship, name, key}`; `centre` is what is looked at where not all fits. */
+  /** A word that rises from a place of the world and fades. */
+  word({ x, y }, text, now) {
+    this.#words.push({ x, y, text, now });
+  }
+
+  /** `me` and `others` are `{of, ship, name, key}`, `of` the same object each time; `centre` is what is looked at. */
   draw({ centre, me, others, shots, now }) {
     const pen = this.#pen;
     const fine = this.#canvas.width / this.#width;
-    const [wide, high] = [this.#width / WORLD.width, this.#height / WORLD.height];
-    this.#scale = Math.max(Math.sqrt(wide * high), LEAST_SCALE); // between all of it and no empty margin
+    // The sky is full of it: what does not fit is beyond the edge, with arrows to whoever is there.
+    this.#scale = Math.max(this.#width / WORLD.width, this.#height / WORLD.height);
     const shift = (room, size, at) =>
       size <= room ? (room - size) / 2 : clamp(room / 2 - at * this.#scale, room - size, 0);
     this.#left = shift(this.#width, WORLD.width * this.#scale, centre.x);
@@ -77,17 +87,23 @@ export class Picture {
     pen.fillRect(0, 0, this.#width, this.#height);
     pen.setTransform(fine * this.#scale, 0, 0, fine * this.#scale, fine * this.#left, fine * this.#top);
     this.#drawWorld();
+    const ships = me ? [...others, me] : others;
+    if (!this.#calm.matches) for (const one of ships) this.#drawTrail(one, now);
     for (const shot of shots) this.#drawShot(shot);
-    for (const one of others) this.#drawShip(one, now, false);
-    if (me) this.#drawShip(me, now, true);
+    for (const one of ships) this.#drawShip(one, now, one === me);
     this.#drawBlasts(now);
+    this.#drawWords(now);
     pen.setTransform(fine, 0, 0, fine, 0, 0);
     for (const one of others) this.#pointAt(one);
   }
 
   #drawWorld() {
     const pen = this.#pen;
-    pen.fillStyle = this.#colours.sky;
+    const [x, y] = [WORLD.width / 2, WORLD.height / 2];
+    const sky = pen.createRadialGradient(x, y, 0, x, y, WORLD.width * 0.62);
+    sky.addColorStop(0, this.#colours.sky);
+    sky.addColorStop(1, this.#colours.horizon);
+    pen.fillStyle = sky;
     pen.fillRect(0, 0, WORLD.width, WORLD.height);
     pen.strokeStyle = this.#colours.grid;
     pen.lineWidth = 1;
@@ -102,7 +118,11 @@ export class Picture {
     }
     pen.stroke();
     pen.fillStyle = this.#colours.star;
-    for (const [x, y, size] of STARS) pen.fillRect(x, y, size, size);
+    for (const [x, y, size] of STARS) {
+      pen.globalAlpha = 0.35 + size * 0.2;
+      pen.fillRect(x, y, size, size);
+    }
+    pen.globalAlpha = 1;
     pen.strokeStyle = this.#colours.edge;
     pen.lineWidth = 3;
     pen.strokeRect(1.5, 1.5, WORLD.width - 3, WORLD.height - 3);
@@ -118,6 +138,27 @@ export class Picture {
     pen.moveTo(x, y);
     pen.lineTo(x - (vx / speed) * 12, y - (vy / speed) * 12);
     pen.stroke();
+    pen.globalAlpha = 0.25;
+    pen.lineWidth = 9;
+    pen.stroke();
+    pen.globalAlpha = 1;
+  }
+
+  /** Where it has thrust, fading. */
+  #drawTrail({ of, ship, key }, now) {
+    const pen = this.#pen;
+    const trail = (this.#trails.get(of) ?? []).filter((place) => now - place.now < TRAIL_MS);
+    this.#trails.set(of, trail);
+    if (ship.on) trail.push({ x: ship.x - Math.cos(ship.a) * SHIP_R, y: ship.y - Math.sin(ship.a) * SHIP_R, now });
+    pen.fillStyle = this.#colours[`ship-${hue(key)}`];
+    for (const { x, y, now: begun } of trail) {
+      const left = 1 - (now - begun) / TRAIL_MS;
+      pen.globalAlpha = 0.3 * left;
+      pen.beginPath();
+      pen.arc(x, y, 2 + 5 * left, 0, 7);
+      pen.fill();
+    }
+    pen.globalAlpha = 1;
   }
 
   #drawShip({ ship, name, key }, now, mine) {
@@ -125,6 +166,13 @@ export class Picture {
     const colour = this.#colours[`ship-${hue(key)}`];
     pen.save();
     pen.translate(ship.x, ship.y);
+    const glow = pen.createRadialGradient(0, 0, SHIP_R * 0.5, 0, 0, SHIP_R * 2.6);
+    glow.addColorStop(0, colour);
+    glow.addColorStop(1, `${colour}00`); // not "transparent", which is black
+    pen.globalAlpha = mine ? 0.4 : 0.28;
+    pen.fillStyle = glow;
+    pen.fillRect(-SHIP_R * 2.6, -SHIP_R * 2.6, SHIP_R * 5.2, SHIP_R * 5.2);
+    pen.globalAlpha = 1;
     pen.rotate(ship.a);
     if (ship.on) {
       const length = this.#calm.matches ? 16 : 12 + 9 * Math.abs(Math.sin(now / 35));
@@ -143,6 +191,10 @@ export class Picture {
     pen.closePath();
     pen.fillStyle = colour;
     pen.fill();
+    pen.globalAlpha = 0.28; // one side lies in the shade
+    pen.fillStyle = '#000';
+    pen.fill(SHADE);
+    pen.globalAlpha = 1;
     if (mine) {
       pen.strokeStyle = this.#colours.ink;
       pen.lineWidth = 2;
@@ -182,6 +234,20 @@ export class Picture {
       pen.stroke();
       pen.globalAlpha = 1;
     }
+  }
+
+  #drawWords(now) {
+    const pen = this.#pen;
+    this.#words = this.#words.filter((word) => now - word.now < WORD_MS);
+    pen.font = `bold ${Math.round(20 / Math.min(1, this.#scale))}px system-ui, sans-serif`;
+    pen.textAlign = 'center';
+    pen.fillStyle = this.#colours.ink;
+    for (const { x, y, text, now: begun } of this.#words) {
+      const part = (now - begun) / WORD_MS;
+      pen.globalAlpha = 1 - part * part;
+      pen.fillText(text, x, y - SHIP_R * 2 - (this.#calm.matches ? 0 : part * 26));
+    }
+    pen.globalAlpha = 1;
   }
 
   /** Whoever is out of sight has an arrow at the edge. */

@@ -4,7 +4,7 @@
 
 import { Client } from '/static/client.js';
 import * as World from '/static/arena-world.js';
-import { Picture } from '/static/arena-picture.js';
+import { hue, Picture } from '/static/arena-picture.js';
 
 const LIVE = 'live:arena';
 const GAME = 'game:arena';
@@ -178,6 +178,7 @@ class Game {
     if (!hit) return;
     this.showTable();
     showNews(`${hit.byName} hit ${hit.ofName}`);
+    if (hit.by === this.key) this.#picture.word(this.me, '+1', performance.now());
   }
 
   showTable() {
@@ -224,6 +225,7 @@ class Game {
     if (this.bot && World.meets(shot, this.bot)) {
       this.bot.hidden = World.HIDDEN_S;
       this.#picture.blast(this.bot, performance.now(), BOT.key);
+      this.#picture.word(this.bot, 'hit', performance.now());
       this.practice.mine++;
       showPractice(this.practice);
       return true;
@@ -294,11 +296,11 @@ class Game {
   #draw(now) {
     const seen = (ship) => ({ ...ship, safe: ship.shield > 0 });
     const others = [...this.strangers.values()]
-      .map((stranger) => ({ ship: stranger.at(ourTime()), name: stranger.name, key: stranger.key }))
+      .map((stranger) => ({ of: stranger, ship: stranger.at(ourTime()), name: stranger.name, key: stranger.key }))
       .filter(({ ship }) => ship?.up);
-    if (this.bot && this.bot.hidden <= 0) others.push({ ship: seen(this.bot), ...BOT });
+    if (this.bot && this.bot.hidden <= 0) others.push({ of: this.bot, ship: seen(this.bot), ...BOT });
     const mine = this.flying && this.me.hidden <= 0;
-    const me = mine ? { ship: seen(this.me), name: this.name, key: this.key } : null;
+    const me = mine ? { of: this.me, ship: seen(this.me), name: this.name, key: this.key } : null;
     this.#picture.draw({ centre: this.me, me, others, shots: this.shots, now });
   }
 }
@@ -321,6 +323,7 @@ function showRows(rows, mine) {
     const tr = document.createElement('tr');
     tr.className = key === mine ? 'me' : '';
     tr.append(cell(name), cell(points), cell(lost));
+    tr.firstElementChild.dataset.hue = hue(key); // the colour of the ship
     return tr;
   }));
   at('none').hidden = rows.length > 0;
@@ -328,7 +331,7 @@ function showRows(rows, mine) {
 
 function showPractice({ mine, bots }) {
   at('practice').hidden = false;
-  at('practice').textContent = `Practice with the bot: you ${mine}, bot ${bots}`;
+  at('practice').textContent = `Practice: you ${mine}, bot ${bots}`;
 }
 
 function showNews(text) {

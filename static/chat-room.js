@@ -2,7 +2,8 @@
 //
 // What is said goes through `chat:<room>`, which every room of the list stays subscribed to, so that unread counts are live.
 // Whoever has a room open is subscribed to its floor, `live:typing:<room>`, too: typing marks pass through it, and its
-// presence says who is here, which that of the room, with all who merely follow it, would not.
+// presence says who is here, which that of the room, with all who merely follow it, would not.  Whoever cannot follow what
+// passes only asks the floor who is on it.
 
 import { backoff, keep, pause, recall } from '/static/chat-store.js';
 
@@ -18,15 +19,20 @@ export class Room {
   state = 'joining'; // or 'live', or 'outside'
   why = ''; // we are outside
   here = null; // client id -> info, once known
+  following = false; // it is those who follow the room, whether they have it open or not
   top = { offset: 0, epoch: '' };
   seen; // the position up to which somebody looked, over reloads and tabs
   #client;
-  #page; // is told: changed(room), added(room, publication), loaded(room, publications), emptied(room), notify(room, text)
+  // Is told: changed(room), added(room, publication), loaded(room, publications), emptied(room), notify(room, text); and
+  // says whether we hear what passes: hears().
+  #page;
   #talk;
   #ears = [];
-  #open = false;
+  #visit = null; // one object for as long as it is open
+  #floorChannel;
   #floor = null;
   #floorEars = [];
+  #asking = new Set(); // for each time that presence is being asked: client id -> info, or null, of joins and leaves since
   #turn = 0; // what was asked for before the room was emptied is not wanted
   #loading = false;
   #typing = new Map(); // client id -> {info, name, until}
@@ -35,6 +41,7 @@ export class Room {
   constructor(name, client, page) {
     this.name = name;
     this.channel = `chat:${encodeURIComponent(name)}`;
+    this.#floorChannel = `live:typing:${encodeURIComponent(name)}`;
     this.seen = recall('localStorage', `seen ${this.channel}`);
     this.#client = client;
     this.#page = page;
@@ -59,12 +66,12 @@ export class Room {
   }
 
   open() {
-    this.#open = true;
+    this.#visit = {};
     if (this.state === 'live') this.#stepIn();
   }
 
   close() {
-    this.#open = false;
+    this.#visit = null;
     const floor = this.#floor;
     for (const off of this.#floorEars) off();
     this.#floor = this.here = null;
@@ -112,20 +119,26 @@ export class Room {
     return [...this.#typing.values()];
   }
 
-  /** Ask who is here; where the floor knows nobody, the room's own presence is the second best. */
+  /** Ask who is here; where the floor cannot say, the room's own presence is the second best, and called what it is. */
   async refresh() {
-    const floor = this.#floor;
-    if (!floor) return;
-    for (const channel of [floor.channel, this.channel]) {
+    const visit = this.#visit;
+    if (!visit) return;
+    const since = new Map();
+    this.#asking.add(since);
+    for (const channel of [this.#floorChannel, this.channel]) {
       try {
         const here = await this.#client.presence(channel);
-        if (floor === this.#floor) this.here = new Map(Object.entries(here));
+        if (visit !== this.#visit) break;
+        this.here = new Map(Object.entries(here));
+        for (const [client, info] of since) this.#note(client, info); // which may have overtaken the answer
+        this.following = channel === this.channel;
         break;
       } catch ({ code }) {
         if (!LACKING.includes(code)) break; // it is asked again in a while
       }
     }
-    this.#page.changed(this);
+    this.#asking.delete(since);
+    if (visit === this.#visit) this.#page.changed(this);
   }
 
   #is(state, why = '') {
@@ -143,7 +156,7 @@ export class Room {
     }
     if (!this.seen) this.#saw(); // of a room never entered nothing was missed
     this.#is('live');
-    if (this.#open) this.#stepIn();
+    if (this.#visit) this.#stepIn();
   }
 
   #saw() {
@@ -200,9 +213,10 @@ export class Room {
   // --- the floor ---
   #stepIn() {
     if (!this.loaded) this.#load();
-    if (this.#floor?.state === 'subscribed') this.refresh();
-    if (this.#floor) return;
-    const floor = this.#client.subscribe(`live:typing:${encodeURIComponent(this.name)}`, { joinLeave: true });
+    const hears = this.#page.hears();
+    if (!hears || this.#floor?.state === 'subscribed') this.refresh();
+    if (!hears || this.#floor) return;
+    const floor = this.#client.subscribe(this.#floorChannel, { joinLeave: true });
     const cameOrWent = (change) => {
       change();
       this.#page.changed(this);
@@ -212,10 +226,17 @@ export class Room {
       floor.on('subscribing', () => this.#typing.clear()),
       floor.on('subscribed', () => this.refresh()),
       floor.on('unsubscribed', () => this.refresh()),
-      floor.on('join', ({ info }) => cameOrWent(() => this.here?.set(info.client, info))),
-      floor.on('leave', ({ info }) => cameOrWent(() => this.here?.delete(info.client))),
+      floor.on('join', ({ info }) => cameOrWent(() => this.#note(info.client, info))),
+      floor.on('leave', ({ info }) => cameOrWent(() => this.#note(info.client, null))),
       floor.on('publication', ({ info, data }) => cameOrWent(() => this.#hearMark(info, data))),
     ];
+  }
+
+  /** Somebody has come, or gone if there is no info. */
+  #note(client, info) {
+    for (const since of this.#asking) since.set(client, info);
+    if (info) this.here?.set(client, info);
+    else this.here?.delete(client);
   }
 
   #hearMark(info, data) {

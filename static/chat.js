@@ -1,19 +1,46 @@
-// The chat page, on client.js and nothing else.  What others wrote, their names included, is shown by `textContent` only,
-// and links are made by DOM calls.  Clauses are those of server/PROTOCOL.md.
+// The chat page, on client.js, its transports, and nothing else.  What others wrote, their names included, is shown by
+// `textContent` only, and links are made by DOM calls.  Clauses are those of server/PROTOCOL.md.
 
 import { Guest } from '/static/chat-guest.js';
 import { Outbox } from '/static/chat-outbox.js';
 import { Room } from '/static/chat-room.js';
 import { keep, recall } from '/static/chat-store.js';
 import { Client } from '/static/client.js';
+import { Polling } from '/static/transport-polling.js';
+import { Sse } from '/static/transport-sse.js';
 
 const SHOWN = 1000; // messages on the page while the newest are in view; older ones leave it and can be had again
 const ROOMS = 40; // that are followed at once
 const GROUP_MS = 300_000; // between two messages of one author that stand together
 const PRESENCE_MS = 60_000; // joins and leaves are sent at most once, so presence is asked for again
+const POLLED_PRESENCE_MS = 10_000; // and to whoever polls not at all
 const NEAR_PX = 40; // from the newest message counts as being there
 const OLDER_PX = 300; // from the top is where older messages are asked for
 const LINK = /\bhttps?:\/\/[^\s<>"'`\p{Cc}\p{Cf}]+/giu;
+
+const polling = new Polling();
+const WAYS = {
+  websocket: {
+    transport: null,
+    name: 'WebSocket',
+    what: 'One connection, both ways. Everything comes at once.',
+    hears: true,
+  },
+  sse: {
+    transport: new Sse(),
+    name: 'SSE',
+    what: 'Server-sent events: one response without end, and a request for what you say. Everything comes at once.',
+    hears: true,
+  },
+  polling: {
+    transport: polling,
+    name: 'polling',
+    what:
+      'Request after request. This room comes at once, others within 5 s. No typing marks; who is here comes every ' +
+      '10 s, and without you.',
+    hears: false, // what passes
+  },
+};
 
 const $ = (id) => document.getElementById(id);
 const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
@@ -23,6 +50,8 @@ const names = new Map(); // client id -> the name it gave in a message, where it
 let client;
 let outbox;
 let room;
+let way = recall('sessionStorage', 'way');
+if (!Object.keys(WAYS).includes(way)) way = 'websocket';
 let readTo = Infinity; // the offset that stood last when somebody began to look
 let naming = ''; // the name that is being asked for
 let waitsUntil = 0;
@@ -84,6 +113,7 @@ function showState() {
   const [kind, what, offer = ''] = shown;
   $('state').dataset.kind = kind;
   if ($('what').textContent !== what) $('what').textContent = what;
+  $('via').textContent = kind === 'live' ? ` by ${WAYS[way].name}` : '';
   $('again').hidden = !offer;
   $('again').textContent = offer;
   tick();
@@ -115,9 +145,31 @@ function showPeople() {
     item.append(faceOf(name), isMine(info) ? `${name} (you)` : name);
     return item;
   });
-  const known = room.here ? `${people.size} here` : 'Who is here is not known';
-  $('count').textContent = live ? known : 'Not connected';
+  const [what, who] = room.following
+    ? [people.size === 1 ? 'follows this room' : 'follow this room', 'Here or in another room of theirs: this server cannot say.']
+    : ['here', 'Everybody who has this room open. Who only follows it, or polls, is not counted.'];
+  $('count').textContent = live ? (room.here ? `${people.size} ${what}` : 'Who is here is not known') : 'Not connected';
+  $('who').textContent = who;
+  $('who').hidden = !live || !room.here;
   $('people').replaceChildren(...items);
+}
+
+// --- the way to the server -------------------------------------------------------------------------------------------
+/** Go another way; what is missed in between is recovered, and what is unsent is sent again by its key. */
+function goBy(chosen) {
+  way = chosen;
+  keep('sessionStorage', 'way', way);
+  room.close(); // its floor is not there on every way
+  client.setTransport(WAYS[way].transport);
+  if (client.state === 'disconnected') client.connect();
+  room.open();
+  showWay();
+  refresh();
+}
+
+function showWay() {
+  for (const radio of $('ways').elements) radio.checked = radio.value === way;
+  $('way').textContent = WAYS[way].what;
 }
 
 // --- rooms ---------------------------------------------------------------------------------------------------------
@@ -211,6 +263,7 @@ function enter() {
   $('room').value = '';
   $('text').value = recall('sessionStorage', `draft ${room.channel}`) ?? '';
   notify('');
+  polling.turnTo(room.channel);
   room.open();
   atEnd = true;
   showAll();
@@ -411,6 +464,7 @@ const page = {
   notify(changed, text) {
     if (changed === room) notify(text);
   },
+  hears: () => WAYS[way].hears,
 };
 
 // --- what the visitor does -------------------------------------------------------------------------------------------
@@ -491,14 +545,18 @@ function listen() {
   };
   new ResizeObserver(() => soon(settle)).observe($('log'));
   setInterval(tick, 500);
-  setInterval(() => room.refresh(), PRESENCE_MS);
+  setInterval(() => WAYS[way].hears && room.refresh(), PRESENCE_MS);
+  setInterval(() => WAYS[way].hears || room.refresh(), POLLED_PRESENCE_MS);
+  $('ways').onchange = ({ target }) => goBy(target.value);
 }
 
 async function begin() {
   for (const form of document.forms) form.addEventListener('submit', (event) => event.preventDefault());
   $('name').value = guest.name;
   keep('localStorage', 'name', guest.name);
-  client = new Client(undefined, { name: 'chat', ...(await guest.options()) });
+  showWay();
+  const options = await guest.options();
+  client = new Client(undefined, { name: 'chat', transport: WAYS[way].transport, ...options });
   outbox = new Outbox(client, () => soon(showUnsent));
   client.on('connecting', ({ delayMs }) => {
     waitsUntil = delayMs && Date.now() + delayMs;

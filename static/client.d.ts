@@ -40,7 +40,7 @@ export const CODES: Readonly<{
   NO_TOKEN: 4;
   /** No ping came in time. */
   SILENT: 5;
-  /** The browser opens no WebSocket to this address, or what comes through it is not the protocol. */
+  /** The transport opens nothing to this address, or what comes through it is not the protocol. */
   UNUSABLE: 6;
 }>;
 
@@ -49,6 +49,28 @@ export class ClientError extends Error {
   constructor(code: number, message: string, temporary?: boolean);
   readonly code: number;
   readonly temporary: boolean;
+}
+
+/** What a client needs of a WebSocket, each member as there; `close` calls nothing back. */
+export interface Socket {
+  /** 1 once `onopen` is called, until `close` is, or `onclose`. */
+  readonly readyState: number;
+  /** Bytes, more or less, that wait to leave; beyond 65,536 `say` drops. */
+  readonly bufferedAmount: number;
+  onopen: ((event: any) => void) | null;
+  /** `data` is one reply or push, or several, each on a line of its own. */
+  onmessage: ((event: any) => void) | null;
+  /** Called with `code` and `reason` (PROTOCOL 7.2), 1006 where nobody said why. */
+  onclose: ((event: any) => void) | null;
+  /** One command. */
+  send(text: string): void;
+  close(): void;
+}
+
+/** A way to the server: `Sse` of transport-sse.js, `Polling` of transport-polling.js, or your own. */
+export interface Transport {
+  /** `url` is the client's, with ws or wss. May throw, which ends the client with `UNUSABLE`. */
+  open(url: URL): Socket;
 }
 
 /** Takes the callback off again. */
@@ -65,6 +87,8 @@ export interface ClientOptions {
   /** Name of the application, and data for the server's hooks. */
   name?: string;
   data?: Json;
+  /** WebSocket if left out. */
+  transport?: Transport | null;
 }
 
 export interface SubscribeOptions {
@@ -138,6 +162,11 @@ export class Subscription {
   /** Everything up to here was given to callbacks; null in a passing channel. It stays when the subscription ends. */
   readonly position: Position | null;
   on<E extends keyof SubscriptionEvents>(event: E, callback: (context: SubscriptionEvents[E]) => void): Off;
+  /**
+   * Resolves when it is subscribed, at once if it is. Rejects with code and reason when it has ended: refused, taken
+   * away, or left. While the client is disconnected it waits.
+   */
+  ready(): Promise<void>;
   unsubscribe(): void;
   publish(data: Json): Promise<void>;
   history(options?: HistoryOptions): Promise<History>;
@@ -154,17 +183,27 @@ export class Client {
   /** `url` may be relative to the page, with http or ws; it defaults to this page's own server. */
   constructor(url?: string | URL, options?: ClientOptions);
   readonly state: 'disconnected' | 'connecting' | 'connected';
-  /** Our id on this connection, new for each; '' without one. */
+  /** Our id on this connection, new for each; '' without one, and where we poll. */
   readonly id: string;
   on<E extends keyof ClientEvents>(event: E, callback: (context: ClientEvents[E]) => void): Off;
   /** Begin; while it waits for the next attempt: try now. */
   connect(): void;
+  /**
+   * Resolves when it is connected, at once if it is. Rejects with code and reason when it is disconnected for good,
+   * at once with `NOT_CONNECTED` before the first `connect()`.
+   */
+  ready(): Promise<void>;
   disconnect(): void;
   /**
    * Use another token of the same user from now on; a connection takes it over at once, and the promise rejects if the
    * server refuses it. '' forgets the one there is, so that `getToken` is asked when the next is needed.
    */
   setToken(token: string): Promise<void>;
+  /**
+   * Go another way from now on; null is the WebSocket. A connection is given up and made anew at once: subscriptions
+   * recover, and commands that were not answered reject with `LOST`, as after any other cut.
+   */
+  setTransport(transport: Transport | null): void;
   /** The same object for the same channel; options count where it is not subscribing or subscribed already. */
   subscribe(channel: string, options?: SubscribeOptions): Subscription;
   /** Resolves when it is published; in a kept channel that means durable. */

@@ -1,5 +1,6 @@
 // The browser's client: one module, no dependencies, JSON over one WebSocket after another.  Types are in client.d.ts,
-// clauses are those of server/PROTOCOL.md.  For other transports, Protobuf and other languages there are the SDKs.
+// clauses are those of server/PROTOCOL.md.  Where no WebSocket can be had, a transport gives what behaves like one:
+// transport-sse.js, transport-polling.js.  For Protobuf and other languages there are the SDKs.
 //
 // Two state machines: a client is disconnected, connecting or connected, and each of its subscriptions unsubscribed,
 // subscribing or subscribed.  State changes first and is told afterwards; whatever waited (for a token, a reply, a timer)
@@ -23,6 +24,7 @@ export const CODES = Object.freeze({
   UNUSABLE: 6, // the browser opens no WebSocket to this address, or what comes through it is not our protocol
 });
 const EXPIRED = 109;
+const WEBSOCKET = { open: (url) => new WebSocket(url) }; // throws where the browser forbids it
 
 /** 7.2.1, and 1009: what was too large once will be so again. */
 const forGood = (code) => (code >= 3500 && code < 4000) || (code >= 4500 && code < 5000) || code === 1009;
@@ -50,6 +52,7 @@ const behind = (position, { offset, epoch }) =>
 
 class Speaker {
   #hearers = new Map();
+  _end = new ClientError(CODES.NOT_CONNECTED, 'not connected'); // why it is where it does not come back from by itself
 
   on(event, callback) {
     if (!this.#hearers.has(event)) this.#hearers.set(event, new Set());
@@ -57,6 +60,21 @@ class Speaker {
     const hearer = (context) => callback(context); // one of its own, so that a callback may be registered twice
     hearers.add(hearer);
     return () => void hearers.delete(hearer);
+  }
+
+  /** Resolves when the state is `wanted`, rejects with `_end` when it is `ended`. */
+  _reach(wanted, ended) {
+    return new Promise((resolve, reject) => {
+      const offs = [];
+      const look = () => {
+        if (this.state !== wanted && this.state !== ended) return;
+        for (const off of offs) off();
+        if (this.state === wanted) resolve();
+        else reject(this._end);
+      };
+      offs.push(this.on(wanted, look), this.on(ended, look));
+      look();
+    });
   }
 
   /** Call all who listen.  One that throws is reported as any uncaught error is, and costs nobody else anything. */
@@ -136,6 +154,7 @@ class Token {
 
 // --- one subscription of ours (4.2, 4.3, 7.3, 11) --------------------------------------------------------------------
 export class Subscription extends Speaker {
+  channel;
   state = 'unsubscribed';
   position = null;
   #link; // {client, ask(command, atOnce), drop(code, reason)}
@@ -151,6 +170,10 @@ export class Subscription extends Speaker {
     super();
     this.channel = channel;
     this.#link = link;
+  }
+
+  ready() {
+    return this._reach('subscribed', 'unsubscribed');
   }
 
   unsubscribe() {
@@ -265,6 +288,7 @@ export class Subscription extends Speaker {
 
   #end(code, reason) {
     this.#stop();
+    this._end = new ClientError(code, reason, false);
     this.state = 'unsubscribed';
     this._tell('unsubscribed', { code, reason });
   }
@@ -318,6 +342,10 @@ export class Client extends Speaker {
     if (turn === this.#turn) this.#open();
   }
 
+  ready() {
+    return this._reach('connected', 'disconnected');
+  }
+
   disconnect() {
     this.#drop(CODES.CALLED, 'disconnect called', true);
   }
@@ -326,6 +354,14 @@ export class Client extends Speaker {
   async setToken(token) {
     this.#token.value = token || undefined;
     if (token && this.state === 'connected') this.#renew(await this.#ask({ refresh: { token } }));
+  }
+
+  /** Another way to the server, without a gap: what was missed meanwhile is recovered as after any other cut. */
+  setTransport(transport) {
+    this.#options = { ...this.#options, transport };
+    if (this.state === 'disconnected') return;
+    this.#drop(CODES.CALLED, 'another transport', false);
+    if (this.#waiting) this.connect();
   }
 
   subscribe(channel, options) {
@@ -461,7 +497,7 @@ export class Client extends Speaker {
   }
 
   #dial() {
-    const socket = new WebSocket(this.#url); // throws where the browser forbids it
+    const socket = (this.#options.transport ?? WEBSOCKET).open(this.#url);
     const ours = () => socket === this.#socket;
     socket.onopen = () => ours() && this.#greet(socket);
     socket.onclose = ({ code, reason }) =>
@@ -539,6 +575,7 @@ export class Client extends Speaker {
     const steady = this.state === 'connected' && performance.now() - this.#since > STEADY_MS;
     const turn = ++this.#turn;
     this.#socket = null; // whatever the old one still says is passed over
+    if (ended) this._end = new ClientError(code, reason, false);
     this.state = ended ? 'disconnected' : 'connecting';
     this.id = '';
     this.#waiting = !ended;

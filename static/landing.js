@@ -29,6 +29,7 @@ function show(status) {
     : 'open for trying out: everybody on this machine may do everything, and nobody else comes in.';
   write('mode', `Version ${status.version}, ${mode}`);
   write('connections', status.connections.toLocaleString());
+  write('channels-title', status.channels === 1 ? 'channel' : 'channels');
   write('channels', status.channels.toLocaleString());
   write('uptime', span(status.uptime));
 }

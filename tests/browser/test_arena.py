@@ -10,6 +10,7 @@ from typing import Any, Literal
 from playwright.async_api import Browser, Page, WebSocketRoute, expect
 from support import ROOT, Client, Process, config
 from tornado.httpclient import AsyncHTTPClient
+from wires import Wire
 
 PATIENCE_MS = 15_000
 AXE = (ROOT / "tests" / "sdk" / "node_modules" / "axe-core" / "axe.min.js").read_text
@@ -18,6 +19,13 @@ UNREACHABLE = re.compile(r"^WebSocket connection to '[^']*' failed: ")
 SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 
 PLACE = """([x, y, a]) => Object.assign(arena.me, { x, y, a, vx: 0, vy: 0, hidden: 0, shield: 0, reload: 0 })"""
+STRUCK = """([x, y]) => {
+    const [[id, shooter]] = arena.strangers;
+    Object.defineProperty(shooter, 'heardAt', { get: () => Infinity, set() {} }); // nobody is forgotten for his silence
+    arena.shots.add({ x: x - 5, y, vx: 300, vy: 0, id: `${id}:late`, from: id });
+}"""
+"""A shot of the only other ship that was on its way already hits ours, which stands there."""
+
 SEEN = "() => { const [it] = arena.strangers.values(); return it?.at(performance.timeOrigin + performance.now()) }"
 
 
@@ -44,6 +52,12 @@ class Pilot:
         await self.page.fill("#name", self.name)
         await self.page.press("#name", "Enter")
         await self.until("arena.client?.state === 'connected'")
+
+    async def is_hit(self, x: float = 300, y: float = 300) -> None:
+        """Let a shot that the other one has fired before arrive."""
+        await self.place(x, y)
+        await self.page.evaluate(STRUCK, [x, y])
+        await self.until("arena.me.hidden > 0")
 
     async def until(self, condition: str, given: Any = None) -> None:
         """Wait until an expression is true in the page."""
@@ -156,6 +170,56 @@ async def test_a_hit_counts_once_for_both_and_for_ever(browser: Browser, tmp_pat
             assert [hit["info"]["conn_info"]["name"] for hit in await hits(process)] == ["Grace", "Ada"]
             async with pilots(browser, process.http, "Late") as (late,):
                 await late.shows(("Ada", 1, 1), ("Grace", 1, 1))
+
+
+async def test_the_network_is_cut(browser: Browser, tmp_path: Path) -> None:
+    """P3, P5: who is offline misses no hit of others and loses none of his own; each is in the kept channel once."""
+    with Process(tmp_path) as process:
+        async with pilots(browser, process.http, "Ada", "Grace", outages=True) as (ada, grace):
+            await duel(ada, grace)
+            await ada.shows(("Ada", 1, 0), ("Grace", 0, 1))
+            await ada.page.context.set_offline(True)
+            await expect(ada.page.locator("#state")).to_contain_text("Connection lost", timeout=PATIENCE_MS)
+            await ada.is_hit()
+            async with pilots(browser, process.http, "Hopper") as (hopper,):
+                await grace.until("arena.strangers.size === 1 && [...arena.strangers.values()][0].name === 'Hopper'")
+                await hopper.until("arena.strangers.size === 1")
+                await duel(hopper, grace)
+                await grace.shows(("Ada", 1, 0), ("Hopper", 1, 0), ("Grace", 0, 2))
+            await expect(ada.page.locator("#rows tr")).to_have_count(2)
+            assert len(await hits(process)) == 2
+            await ada.page.context.set_offline(False)
+            for pilot in (ada, grace):
+                await pilot.shows(("Hopper", 1, 0), ("Ada", 1, 1), ("Grace", 1, 2))
+            await ada.until("sessionStorage.getItem('arena.hits') === '{}'")
+            await ada.until("arena.strangers.size === 1")
+            assert [hit["info"]["conn_info"]["name"] for hit in await hits(process)] == ["Grace", "Grace", "Ada"]
+
+
+async def test_a_cut_that_nobody_tells_and_a_reload_in_the_middle(browser: Browser, tmp_path: Path) -> None:
+    """P5: a wire breaks, one is hit, and reloads before it is mended: the hit is told once, by the same pilot."""
+    with Process(tmp_path) as process:
+        async with Wire(process.port) as wire, pilots(browser, process.http, "Grace", outages=True) as (grace,):
+            async with pilots(browser, wire.http, "Ada", outages=True) as (ada,):
+                await duel(grace, ada)
+                await grace.shows(("Grace", 1, 0), ("Ada", 0, 1))
+                await wire.cut()
+                await expect(ada.page.locator("#state")).to_contain_text("Connection lost", timeout=PATIENCE_MS)
+                await grace.until("arena.strangers.size === 0")
+                await ada.is_hit()
+                await ada.until("sessionStorage.getItem('arena.hits') !== '{}'")
+                await ada.page.goto("about:blank")
+                assert len(await hits(process)) == 1
+                await wire.mend()
+                await ada.fly()
+                for pilot in (ada, grace):
+                    await pilot.shows(("Grace", 2, 0), ("Ada", 0, 2))
+                await expect(ada.page.locator("#rows .me")).to_have_text("Ada02")
+                await ada.until("sessionStorage.getItem('arena.hits') === '{}'")
+                await ada.page.reload()
+                await ada.fly()
+                await ada.shows(("Grace", 2, 0), ("Ada", 0, 2))
+                assert len(await hits(process)) == 2
 
 
 async def test_a_hit_whose_answer_gets_lost_counts_once(browser: Browser, tmp_path: Path) -> None:
@@ -282,6 +346,39 @@ async def test_by_touch(browser: Browser, tmp_path: Path) -> None:
             await ada.place(600, 400, -1.57)
             await ada.page.tap("#fire")
             await ada.until("[...arena.shots].some(shot => shot.from === 'me')")
+
+
+async def test_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
+    """From the address to the first shot, and from there to the table and out of the page, without a pointer."""
+    with Process(tmp_path) as process:
+        visitor = await browser.new_context(viewport={"width": 1280, "height": 800})
+        page = await visitor.new_page()
+        await page.goto(f"{process.http}/arena")
+
+        async def tab_to(selector: str) -> None:
+            for _ in range(8):
+                if await page.locator(selector).evaluate("it => it === document.activeElement"):
+                    return
+                await page.keyboard.press("Tab")
+            raise AssertionError(f"no way to {selector}")
+
+        await tab_to("#name")
+        await page.keyboard.type("Ada")
+        await tab_to("#start button")
+        await page.keyboard.press("Enter")
+        await page.wait_for_function("() => arena.client?.state === 'connected'", timeout=PATIENCE_MS)
+        await expect(page.locator("#sky")).to_be_focused()
+        await page.evaluate(PLACE, [300, 300, 0])
+        await page.keyboard.down("KeyW")
+        await page.wait_for_function("() => arena.me.x > 350", timeout=PATIENCE_MS)
+        await page.keyboard.up("KeyW")
+        await page.keyboard.press("Space", delay=50)
+        await page.wait_for_function("() => [...arena.shots].some(shot => shot.from === 'me')", timeout=PATIENCE_MS)
+        await tab_to("#scroll")
+        await tab_to("header a")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#state")).to_have_text("It works", timeout=PATIENCE_MS)
+        await visitor.close()
 
 
 async def test_keys_are_let_go_when_the_page_is_left(browser: Browser, tmp_path: Path) -> None:

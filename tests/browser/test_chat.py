@@ -687,6 +687,36 @@ async def test_unread_elsewhere(browser: Browser, open_server: Process) -> None:
         await expect(ada.page.locator("#rooms li")).to_have_count(1)
 
 
+async def test_who_only_follows_is_not_here(browser: Browser, open_server: Process) -> None:
+    """Whoever has gone on to another room still counts what is new in this one, and is not shown as being in it."""
+    async with visiting(browser, open_server.http) as visitors:
+        ada, grace = await visitors.tab("Ada", room="desk"), await visitors.tab("Grace", room="desk")
+        await expect(ada.page.locator("#count")).to_have_text("2 here")
+        await expect(ada.page.locator("#who")).to_contain_text("Everybody who has this room open")
+        await grace.page.evaluate("location.hash = 'kitchen'")
+        await expect(ada.page.locator("#count")).to_have_text("1 here")
+        await expect(grace.page.locator("#count")).to_have_text("1 here")
+        await ada.say("come back")
+        await expect(grace.page.locator("#rooms .badge:visible")).to_have_text("1 unread")
+        await ada.page.reload()
+        await expect(ada.page.locator("#people li")).to_have_text("AAda (you)")
+        await grace.page.evaluate("location.hash = 'desk'")
+        await expect(ada.page.locator("#count")).to_have_text("2 here")
+
+
+async def test_followers_are_called_so(browser: Browser, tmp_path: Path) -> None:
+    """Where only the rooms themselves have presence, the page says that it shows who follows the room."""
+    rooms = {"channel": {"namespaces": [{"name": "chat", **OPEN, "presence": True}]}}
+    with Process(tmp_path, config(**rooms)) as process:
+        async with visiting(browser, process.http) as visitors:
+            ada, grace = await visitors.tab("Ada", room="hall"), await visitors.tab("Grace", room="hall")
+            await grace.page.evaluate("location.hash = 'yard'")
+            await expect(grace.page.locator("#count")).to_have_text("1 follows this room")
+            await ada.page.reload()
+            await expect(ada.page.locator("#count")).to_have_text("2 follow this room")
+            await expect(ada.page.locator("#who")).to_contain_text("cannot say")
+
+
 async def test_who_is_typing(browser: Browser, open_server: Process) -> None:
     """Typing marks come and go with what is written, and are no part of the room's history."""
     async with visiting(browser, open_server.http) as visitors:

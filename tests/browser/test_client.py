@@ -410,6 +410,59 @@ async def test_insufficient_state(browser: Browser, server: Process) -> None:
         assert [one["code"] for one in await script.heard("state", "subscribing", 2)] == [2500, 2502]
 
 
+async def test_ready(browser: Browser, server: Process) -> None:
+    """Whoever waits for a connection or a subscription learns that it is there, or why it will not be."""
+    async with scripting(browser, server.http) as script:
+        found = await script.run(
+            """
+            const why = promise => promise.then(() => 'ready', ({ code, message, temporary }) =>
+                [code, message, temporary].join(' '));
+            const client = open();
+            const before = await why(client.ready());
+            const chat = client.subscribe('chat:ready');
+            const early = why(chat.ready());
+            client.connect();
+            const waits = [client, chat, client.subscribe('closed:1')].map(it => why(it.ready()));
+            const first = await Promise.all([early, ...waits]);
+            const states = [client.state, chat.state];
+            const again = await Promise.all([client, chat, client.subscribe('chat:ready')].map(it => why(it.ready())));
+            const left = client.subscribe('chat:left');
+            const leaves = why(left.ready());
+            left.unsubscribe();
+            const afterwards = [await leaves, await why(left.ready())];
+            client.disconnect();
+            const patient = why(chat.ready());
+            const gone = await why(client.ready());
+            client.connect();
+            const back = [await patient, await why(client.ready())];
+            return { before, first, states, again, afterwards, gone, back };
+            """
+        )
+        assert found["before"] == "3 not connected true"
+        assert found["first"] == ["ready", "ready", "ready", "103 permission denied false"]
+        assert found["states"] == ["connected", "subscribed"]
+        assert found["again"] == ["ready"] * 3
+        assert found["afterwards"] == ["0 unsubscribe called false"] * 2
+        assert found["gone"] == "0 disconnect called false"
+        assert found["back"] == ["ready"] * 2
+
+
+async def test_ready_outlasts_an_outage(browser: Browser, tmp_path: Path) -> None:
+    """While it comes back by itself nobody is told no; sent away for good, whoever waits learns the code."""
+    with Process(tmp_path, config()) as process:
+        async with scripting(browser, process.http, outages=True) as script:
+            await script.run("const client = open(); client.connect(); await client.ready()")
+            process.kill()
+            await script.heard("client", "connecting", 3)
+            await script.run("window.waits = client.ready().then(() => told.push({ name: 'me', event: 'ready' }))")
+            assert await script.run("return heard('me', 'ready')") == []
+            process.start()
+            await script.heard("me", "ready")
+            await order(process, "disconnect", user="")
+            await script.heard("client", "disconnected")
+            assert (await script.run("return refusal(client.ready())"))["code"] == 3503
+
+
 # --- connections that end -------------------------------------------------------
 async def test_a_server_that_is_killed(browser: Browser, tmp_path: Path) -> None:
     """P3: after a kill -9 the client comes back by itself and brings what was missed, once and in order."""
@@ -722,7 +775,7 @@ async def test_the_types_name_what_there_is(browser: Browser, server: Process) -
                 const thing = given === 'Client' ? new Client() : new Client().subscribe('chat:1');
                 const methods = [...Object.getOwnPropertyNames(Object.getPrototypeOf(thing)), 'on']
                     .filter(name => !name.startsWith('_') && name !== 'constructor');
-                return { methods, fields: Object.keys(thing) };
+                return { methods, fields: Object.keys(thing).filter(name => !name.startsWith('_')) };
                 """,
                 name,
             )

@@ -77,7 +77,9 @@ async def test_every_link_leads_somewhere(browser: Browser, tmp_path: Path) -> N
     with Process(tmp_path) as process:
         async with landing(browser, process.http) as (page, _):
             targets = await page.eval_on_selector_all("a", "links => links.map(link => link.getAttribute('href'))")
-            assert {"/chat", "/arena", "/README.md", "/server/PROTOCOL.md", "/health/live"} <= set(targets)
+            assert {"/chat", "/arena", "/docs/hooks.md", "/README.md", "/server/PROTOCOL.md", "/health/live"} <= set(
+                targets
+            )
             for target in targets:
                 assert (await page.request.get(process.http + target)).status == 200, target
             reached = []
