@@ -16,6 +16,7 @@ import atexit
 import importlib.util
 import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import bson
+import bson.errors
 import pymongo
 from pymongo.errors import AutoReconnect, OperationFailure, PyMongoError
 
@@ -61,10 +63,16 @@ def mongod_path() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on at the moment, and that no outgoing connection gets while its server is down."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def fresh_database() -> str:
@@ -165,34 +173,39 @@ class Member:
             popen.wait(PATIENCE_S)
 
     def command(self, command: Mapping[str, Any], *, timeout_s: float = 5.0, database: str = "admin") -> dict[str, Any]:
-        """Say ``command`` to this member alone, whatever its state; raises PyMongo's errors."""
-        with pymongo.MongoClient[dict[str, Any]](
-            "127.0.0.1",
-            self.port,
-            directConnection=True,
-            serverSelectionTimeoutMS=timeout_s * 1000,
-            connectTimeoutMS=timeout_s * 1000,
-            socketTimeoutMS=timeout_s * 1000,
-            **self.login,
-        ) as client:
-            return dict(client[database].command(dict(command)))
+        """Say ``command`` to this member alone, whatever its state; raises PyMongo's errors.
+
+        By hand, unless a login is needed: a driver begins threads and further
+        connections for it, and does not always close all of them.
+        """
+        if self.login:
+            with pymongo.MongoClient[dict[str, Any]](
+                "127.0.0.1", self.port, directConnection=True, timeoutMS=timeout_s * 1000, **self.login
+            ) as client:
+                return dict(client[database].command(dict(command)))
+        message = bytes(5) + bson.encode({**command, "$db": database})
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", self.port), timeout_s) as connection,
+                connection.makefile("rb") as answers,
+            ):
+                connection.sendall(struct.pack("<4i", 16 + len(message), 1, 0, OP_MSG) + message)
+                (length,) = struct.unpack("<i12x", answers.read(16))
+                answer = dict(bson.decode(answers.read(length - 16)[5:]))
+        except (OSError, struct.error, bson.errors.InvalidBSON) as error:
+            raise AutoReconnect(f"{self.address}: {error}") from error
+        faults = [*answer.get("writeErrors", ()), *filter(None, [answer.get("writeConcernError")])]
+        if not answer["ok"] or faults:
+            raise OperationFailure(str(answer.get("errmsg", faults)), answer.get("code"), answer)
+        return answer
 
     def hello(self) -> dict[str, Any]:
-        """How it sees itself and the set; empty if it does not answer.
-
-        Said by hand: a driver begins threads and further connections for it, and
-        this is asked very often.
-        """
+        """How it sees itself and the set; empty if it does not answer."""
         if self.popen is None:
             return {}
-        message = bytes(5) + bson.encode({"hello": 1, "$db": "admin"})
         try:
-            with socket.create_connection(("127.0.0.1", self.port), HELLO_S) as connection:
-                connection.sendall(struct.pack("<4i", 16 + len(message), 1, 0, OP_MSG) + message)
-                with connection.makefile("rb") as answers:
-                    (length,) = struct.unpack("<i12x", answers.read(16))
-                    return dict(bson.decode(answers.read(length - 16)[5:]))
-        except (OSError, struct.error):
+            return self.command({"hello": 1}, timeout_s=HELLO_S)
+        except PyMongoError:
             return {}
 
     def answers(self) -> bool:

@@ -18,6 +18,7 @@ import pymongo
 import pytest
 from conftest import ExpectedLog
 from mongod import Member, Mongod, ReplicaSet, disturbing, free_port, fresh_database, shared_set
+from proxy import Proxy
 from pymongo.database import Database
 
 from server.errors import Refused, Unavailable
@@ -337,6 +338,54 @@ async def test_close_has_an_end(driver: str, database: str, log: ExpectedLog) ->
                 await waiting
             with pytest.raises(Unavailable, match="not open"):
                 await history.append("a", Draft(b"3"), FOREVER, NOW)
+
+
+async def test_cuts_lose_and_double_nothing(database: str, log: ExpectedLog) -> None:
+    """Connections reset, then half open, with answers on the way: each key is published once, and that is known."""
+    log.expect("history.commit_failed", "history.read_failed")
+    proxies: list[Proxy] = []
+
+    def advertise(port: int) -> int:
+        proxies.append(Proxy("127.0.0.1", port))
+        return proxies[-1].port
+
+    replica_set = ReplicaSet(advertise=advertise)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, replica_set.end)
+        for proxy in proxies:
+            await stack.enter_async_context(proxy)
+        await asyncio.to_thread(replica_set.start)
+        histories = [
+            await stack.enter_async_context(opened(database, url=replica_set.url, driver=driver)) for driver in DRIVERS
+        ]
+        known: dict[str, Position] = {}
+
+        async def publish(number: int) -> None:
+            for turn in range(15):
+                key = f"{number}.{turn}"
+                history = histories[(number + turn) % 2]
+                known[key] = (await retried(history, "a", Draft(key.encode(), key=key))).position
+
+        publishing = asyncio.gather(*(publish(number) for number in range(8)))
+        for cut in range(6):
+            so_far = len(known)
+            await until(lambda so_far=so_far: _true(publishing.done() or len(known) > so_far + 5), "it goes on")
+            for proxy in proxies:
+                proxy.cut()
+                if cut == 3:
+                    proxy.stall()
+            if cut == 3:
+                # Half open: nobody is told anything; what helps is that every attempt has an end.
+                with pytest.raises(Unavailable):
+                    await histories[0].read("a", FOREVER, NOW)
+                for proxy in proxies:
+                    proxy.flow()
+        await publishing
+        page = await everything(histories[0], "a")
+        assert {each.data.decode(): each.offset for each in page.publications} == {
+            key: position.offset for key, position in known.items()
+        }
+        assert len(page.publications) == len(known) == 120
 
 
 # --- several processes --------------------------------------------------------------
