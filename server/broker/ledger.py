@@ -4,6 +4,8 @@ Redis answers the commands of a connection in their order, so ``flush`` makes on
 *batch* of what has changed: commands, closed by a PING that carries the batch's
 number.  When that number comes back, everything before it has been dealt with,
 and what was not confirmed by then was refused; no answer needs to be counted.
+An end that is refused (by a Redis whose ACL lacks the command) is not asked for again:
+that would go on for ever, and what is heard for nobody harms nobody.
 
 Bytes are not its business and it never waits: whoever owns it writes what
 ``flush`` returns, and tells it what came (``confirmed``, ``ended``, ``refused``,

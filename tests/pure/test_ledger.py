@@ -35,7 +35,7 @@ class FakeRedis:
         if verb == b"PING":
             for name in ledger.answered(names[0]).refused:
                 ledger.want(name) if name in ledger.wanted else None
-        elif self.refuses:
+        elif self.refuses and verb == b"SSUBSCRIBE":
             ledger.refused("NOPERM")
         elif verb == b"SSUBSCRIBE":
             for name in names:
@@ -63,6 +63,31 @@ steps = st.lists(
     | st.tuples(st.sampled_from(["flush", "carry out", "refuse", "allow"]), st.just(b"")),
     max_size=60,
 )
+
+
+def test_an_end_that_is_refused_is_let_be() -> None:
+    """A subscription that Redis does not end is nobody's wish and asked for no more; wanted again it is in force."""
+    ledger = Ledger(set(), sharded=False, group=lambda name: None)
+    ledger.want(b"a")
+    _follow(ledger)
+    ledger.unwant(b"a")
+    commands, _ = ledger.flush()
+    ledger.refused("NOPERM")
+    outcome = ledger.answered(commands[-1][1])
+    assert (outcome.confirmed, outcome.refused, outcome.refusals) == ([], [], ["NOPERM"])
+    assert ledger.settled
+    assert not ledger.in_force(b"a")
+    ledger.want(b"a")
+    _follow(ledger)
+    assert ledger.in_force(b"a")
+
+
+def _follow(ledger: Ledger) -> None:
+    """Let Redis confirm that it follows "a"."""
+    commands, _ = ledger.flush()
+    assert commands[0] == (b"SUBSCRIBE", b"a")
+    ledger.confirmed(b"a")
+    assert ledger.answered(commands[-1][1]).confirmed == [b"a"]
 
 
 @settings(max_examples=500)
