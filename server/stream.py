@@ -45,7 +45,9 @@ class Publication(msgspec.Struct, frozen=True):
 
     ``data`` are the payload bytes exactly as published, less raw newlines.
     ``offset`` is 0 in a passing channel, and ``time_ms`` (Unix time, of the
-    server that stored it) 0 as well.
+    server that stored it) 0 as well.  ``delta`` is the publisher's wish that it be
+    sent as a patch where it can be; it goes with the announcement and is not stored
+    (PROTOCOL 12).
     """
 
     data: bytes
@@ -53,6 +55,7 @@ class Publication(msgspec.Struct, frozen=True):
     time_ms: int = 0
     info: ClientInfo | None = None
     tags: dict[str, str] | None = None
+    delta: bool = False
 
     @property
     def weight(self) -> int:

@@ -13,6 +13,10 @@ What every kind promises (``tests/contract/test_history.py`` holds each to it):
   use gets the first one's position.  The same key twice in one gathering waits
   for the first's outcome.  Trimming, ``remove`` and ``redact`` erase payloads;
   keys and offsets stay.
+* A draft with a version that the channel's last one covers is not stored, and
+  gets the top instead; whoever publishes, and however they race.  The last version
+  outlives its publication: it goes with the channel's epoch.  A key goes first:
+  what was used once gets its position, whatever its version.
 * A new epoch comes only from destruction: the meta TTL, ``new_epochs``.  Reading
   writes nothing: a channel nobody published to has the position ``Position(0, "")``.
 * Nothing here blocks the event loop, and cancelling a waiter cancels no commit.
@@ -28,6 +32,7 @@ import string
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -41,6 +46,7 @@ COMMIT_BYTES = 256 * 1024
 QUEUE_PUBLICATIONS = 2_000
 QUEUE_BYTES = 8 * 1024 * 1024
 IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
+HIGHEST_VERSION = 2**63 - 1
 
 REDACTED = b"null"
 """What stands in place of a payload that was redacted: JSON, so that every client can read it."""
@@ -74,11 +80,26 @@ def forgets(retention: Retention, used_ms: int, now_ms: int) -> bool:
     return 0 <= retention.meta_ttl_ms <= now_ms - used_ms
 
 
+class Version(NamedTuple):
+    """The version of what a publication says: a number up to ``HIGHEST_VERSION``, and the epoch in which it counts.
+
+    Number 0 is none.  PROTOCOL 11.8.3.
+    """
+
+    number: int = 0
+    epoch: str = ""
+
+    def covers(self, other: "Version") -> bool:
+        """Does ``other``, published after this one, say nothing new?  Without an epoch it counts in any."""
+        return 0 < other.number <= self.number and other.epoch in ("", self.epoch)
+
+
 class Draft(msgspec.Struct, frozen=True):
     """A publication before it has a number.
 
     ``key`` is the idempotency key, ``""`` for none.  One with ``skip_history``
-    never comes here: the node lets it pass.
+    never comes here: the node lets it pass.  ``delta`` is not stored: it is a wish
+    for the publication that ``on_commit`` gets.
     """
 
     data: bytes
@@ -86,10 +107,15 @@ class Draft(msgspec.Struct, frozen=True):
     tags: dict[str, str] | None = None
     key: str = ""
     skip_history: bool = False
+    delta: bool = False
+    version: Version = Version()
 
 
 class Appended(msgspec.Struct, frozen=True):
-    """Where a draft stands now; ``repeated`` if its key had been used before and nothing was stored."""
+    """Where a draft stands now; ``repeated`` if nothing was stored, since its key had been used, or it is outdated.
+
+    What is outdated gets the position of the top.
+    """
 
     position: Position
     repeated: bool = False
@@ -100,6 +126,14 @@ OnCommit = Callable[[str, str, Sequence[Publication]], None]
 
 RetentionOf = Callable[[str], Retention | None]
 """Gives a channel's retention by its name, ``None`` if it is no kept channel (any more)."""
+
+
+OnBatch = Callable[[int, float], None]
+"""Called with how many publications one write to the store made durable, and how long (s) that took."""
+
+
+def ignore_batches(publications: int, seconds: float) -> None:
+    """The ``on_batch`` of a history whose speed nobody measures."""
 
 
 def ignore_commits(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
@@ -113,6 +147,7 @@ class History(ABC):
     """
 
     on_commit: OnCommit = staticmethod(ignore_commits)
+    on_batch: OnBatch = staticmethod(ignore_batches)
 
     trouble: str = ""
     """Why it cannot answer just now, in operator's words; ``""`` while all is well."""

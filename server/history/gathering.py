@@ -42,7 +42,7 @@ W = TypeVar("W")
 
 def weigh(draft: Draft) -> int:
     """Bytes that ``draft`` is counted with in a queue and in a commit."""
-    return weight_of(draft.data, draft.info, draft.tags) + len(draft.key)
+    return weight_of(draft.data, draft.info, draft.tags) + len(draft.key) + len(draft.version.epoch)
 
 
 class Entry(Generic[W]):
@@ -161,11 +161,11 @@ class Gathering(Generic[W]):
             size += weight
         return batch
 
-    def refill(self, commit: Commit[W]) -> None:
-        """Let those who came since ``commit`` was cut go with it, as far as there is room in it."""
+    def refill(self, commit: Commit[W], fits: Callable[[Draft], bool] = lambda draft: True) -> None:
+        """Let those who came since ``commit`` was cut go with it, as far as there is room in it and ``fits`` allows."""
         queue = self._queues[commit.channel]
         weight = sum(entry.weight for entry in commit.entries)
-        while queue.entries and len(commit.entries) < COMMIT_PUBLICATIONS:
+        while queue.entries and len(commit.entries) < COMMIT_PUBLICATIONS and fits(queue.entries[0].draft):
             weight += queue.entries[0].weight
             if weight > COMMIT_BYTES:
                 break

@@ -12,6 +12,8 @@ commits only.
 import heapq
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from server.errors import UNRECOVERABLE_POSITION, Refused
 from server.history import (
     IDEMPOTENCY_TTL_MS,
@@ -23,6 +25,7 @@ from server.history import (
     History,
     Retention,
     RetentionOf,
+    Version,
     floor_at,
     forgets,
     random_epoch,
@@ -36,13 +39,14 @@ SWEEP_ITEMS = 10_000
 class _Stream:
     """One channel.  ``publications`` holds exactly the offsets above ``floor`` up to ``top``."""
 
-    __slots__ = ("epoch", "floor", "keys", "publications", "top", "used_ms")
+    __slots__ = ("epoch", "floor", "keys", "publications", "top", "used_ms", "version")
 
     def __init__(self, epoch: str) -> None:
         self.epoch = epoch
         self.top = 0
         self.floor = 0
         self.used_ms = 0
+        self.version = Version()
         # By offset, not in a sequence: what finding a page or cutting off an old end costs does not grow with the size.
         self.publications: dict[int, Publication] = {}
         self.keys: dict[str, tuple[int, int]] = {}  # key -> offset, expires_ms
@@ -102,6 +106,10 @@ class MemoryHistory(History):
             offset, expires_ms = stream.keys.get(draft.key, (0, now_ms))
             if expires_ms > now_ms:
                 return Appended(Position(offset, stream.epoch), repeated=True)
+        if stream.version.covers(draft.version):
+            return Appended(Position(stream.top, stream.epoch), repeated=True)
+        if draft.version.number:
+            stream.version = draft.version
         stream.top += 1
         stream.used_ms = max(stream.used_ms, now_ms)
         publication = Publication(draft.data, stream.top, stream.used_ms, draft.info, draft.tags)
@@ -113,7 +121,8 @@ class MemoryHistory(History):
         # Not left to the sweep: a flood must not outgrow the memory within a second.
         stream.cut(floor_at(retention, stream.floor, stream.top, now_ms, stream.time_of))
         appended = Appended(Position(stream.top, stream.epoch))
-        self.on_commit(channel, stream.epoch, (publication,))
+        told = msgspec.structs.replace(publication, delta=True) if draft.delta else publication
+        self.on_commit(channel, stream.epoch, (told,))
         return appended
 
     async def read(

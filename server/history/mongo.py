@@ -39,9 +39,16 @@ on one linearizable read.  A positive one needs no such: what a majority has sta
 time is at least that of the document before it, which is known with its slot
 (or is looked up, where an announcement did not tell).
 
+**Versions** are judged by the same rule as numbers: the slot behind a known top
+can only be had by one, so what was the last version up to that top is the last
+one still.  It is known from own commits, and asked for (linearizable, since a stale
+answer would let in what is outdated) after others have published.  Announcements
+do not tell of it, so that those without versions, nearly all, cost nothing more.
+
 **tops** asks for what nobody has told us: whether there is a document right
-behind the top we know, for all channels in one ``$in`` of ids; only where there
-is one, or where we know nothing, it looks further.
+behind the top we know, for all channels in one ``$in`` of ids (and, after a long
+silence, whether its floor or its life has changed); only where there is one, or
+where we know nothing, it looks further.
 
 What stands in the collections is ``mongo_scheme``'s, how they are reached
 ``mongo_server``'s.
@@ -143,6 +150,7 @@ class MongoHistory(History):
             patience_s=self._settings.publish_timeout,
             ttl_ms=self._ttl_ms,
             told=self._tell,
+            timed=lambda publications, seconds: self.on_batch(publications, seconds),
             trouble=lambda why: self._note("commit", why),
         )
 

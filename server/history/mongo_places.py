@@ -9,11 +9,12 @@ from a new one.
 """
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from server.errors import Unavailable
-from server.history.mongo_scheme import CHANNELS, LOG, TRUST_S, Channel, Document, Record, slots
+from server.history.mongo_scheme import CHANNELS, LOG, TRUST_S, Channel, Document, LastVersion, Record, slots
 from server.history.mongo_server import MongoServer
 from server.observe import event
 from server.stream import Position
@@ -24,6 +25,7 @@ LOOKS = 8
 TRIES = 4
 SKIPPED = 1_000
 IN_ONE_QUERY = 10_000
+SEE_CHANNELS = 2_000
 
 
 class Stale(Unavailable):
@@ -62,11 +64,13 @@ class Place:
     ``seen_s`` (of the loop) and ``seen_ms`` (of the callers) say when this was
     certainly true.  ``contested_s`` is until when others are taken to write here
     as well, ``streak`` how many commits in quick succession were ours, ``settled_s``
-    when the last one was done.
+    when the last one was done.  ``version`` is the last one up to ``top``, ``None`` if
+    that is not known: it is asked for when it matters.
     """
 
     __slots__ = (
         "base", "contested_s", "epoch", "floor", "seen_ms", "seen_s", "settled_s", "streak", "time_ms", "top",
+        "version",
     )  # fmt: skip
 
     def __init__(self, epoch: str, base: int) -> None:
@@ -77,6 +81,7 @@ class Place:
         self.time_ms = -1
         self.seen_s = self.settled_s = self.contested_s = 0.0
         self.seen_ms = self.streak = 0
+        self.version: LastVersion | None = None
 
     def __repr__(self) -> str:
         return f"Place({self.epoch!r}, base={self.base}, floor={self.floor}, top={self.top})"
@@ -96,8 +101,8 @@ class Places:
     def __init__(self, server: MongoServer) -> None:
         self.now_ms = 0
         self._server = server
-        self._places: dict[str, Place] = {}
-        self._rumours: dict[str, Position] = {}
+        self._places: OrderedDict[str, Place] = OrderedDict()
+        self._rumours: OrderedDict[str, Position] = OrderedDict()
         self._looks = asyncio.Semaphore(LOOKS)
         self._skipped: set[str] = set()
 
@@ -119,25 +124,32 @@ class Places:
         """Another process has announced ``top``."""
         place = self._places.get(channel)
         if place is None or place.epoch != top.epoch:
-            self._rumours.pop(channel, None)
             self._rumours[channel] = top
+            self._rumours.move_to_end(channel)
             _bound(self._rumours, RUMOURS)
             return
         slot = place.base + top.offset
         if slot > place.top:
             place.top = slot
             place.time_ms = time_ms or -1
+            place.version = None
             # How long it was on its way is not known, but only a little younger than its publication.
             place.seen_ms = time_ms
             place.seen_s = asyncio.get_running_loop().time()
             place.streak = 0
 
-    def committed(self, channel: str, epoch: str, top: int, time_ms: int, sent_s: float) -> None:
-        """A commit of ours is durable; it was on its way since ``sent_s``."""
+    def committed(
+        self, channel: str, epoch: str, top: int, time_ms: int, version: LastVersion | None, sent_s: float
+    ) -> None:
+        """A commit of ours is durable; it was on its way since ``sent_s``.
+
+        Since it got its slot, the ``version`` that was the last one when it was composed is so still.
+        """
         place = self._places.get(channel)
         if place is not None and place.epoch == epoch and top > place.top:
             place.top = top
             place.time_ms = time_ms
+            place.version = version
             place.seen_s = sent_s
             place.seen_ms = self.now_ms
 
@@ -164,10 +176,12 @@ class Places:
             del self._rumours[channel]
         if place is None or place.epoch != state.epoch:
             place = Place(state.epoch, state.base)
-        self._places.pop(channel, None)
         self._places[channel] = place
+        self._places.move_to_end(channel)
         _bound(self._places, PLACES)
         place.floor = max(place.floor, state.floor)
+        if view.top > place.top:
+            place.version = None
         if view.top >= place.top:
             newest = view.newest
             place.top = view.top
@@ -233,6 +247,29 @@ class Places:
                 return records[0] if records else None
             limit *= 4  # Only others' documents so far.
 
+    async def last_versions(self, channels: Sequence[str]) -> dict[str, LastVersion]:
+        """The last versions of channels, those of lives that are over included.
+
+        A linearizable read each, since a stale answer would let in what is outdated.
+        The log first: a version whose document was deleted meanwhile is then in its
+        channel's.  Raises ``errors.Unavailable``.
+        """
+        if not channels:
+            return {}
+        logged = await asyncio.gather(*map(self._last_logged, channels))
+        states = await self.states(channels)
+        trimmed = [states[channel].version if channel in states else LastVersion() for channel in channels]
+        return {channel: max(pair) for channel, *pair in zip(channels, logged, trimmed, strict=True)}
+
+    async def _last_logged(self, channel: str) -> LastVersion:
+        query = {"_id.channel": channel, "version": {"$exists": True}}
+        fields = ("last", "time", "version")
+        async with self._looks:
+            found = await self._server.find(
+                LOG, query, fields=fields, newest=True, by="_id.first", limit=1, certain=True
+            )
+        return max((record.version for record in self.records(found)), default=LastVersion())
+
     async def states(self, channels: Iterable[str], *, certain: bool = False) -> dict[str, Channel]:
         """The documents of channels, of those that have one."""
         query = {"_id": {"$in": list(channels)}}
@@ -242,19 +279,8 @@ class Places:
     async def tops(self, channels: Iterable[str]) -> dict[str, Position]:
         """The newest position of each channel that has one, as ``mongo`` describes; raises ``errors.Unavailable``."""
         asked = list(dict.fromkeys(channels))
-        loop = asyncio.get_running_loop()
-        trusted = {
-            channel: (place, place.top)
-            for channel in asked
-            if (place := self._places.get(channel)) is not None and self._trusted(place)
-        }
-        asked_s = loop.time()
-        news = await self._news({channel: top + 1 for channel, (_, top) in trusted.items()})
-        for channel, (place, top) in trusted.items():
-            if channel not in news and place.top == top:
-                place.seen_s = asked_s
-                place.seen_ms = self.now_ms
-        unsure = [channel for channel in asked if channel not in trusted or channel in news]
+        confirmed = await self._confirm(asked)
+        unsure = [channel for channel in asked if channel not in confirmed]
         absent = await self._see_all(unsure)
         if absent:
             # All that seem to be unknown in one linearizable read; whoever is found there is looked at again.
@@ -262,10 +288,46 @@ class Places:
             await self._see_all([channel for channel in absent if channel in states and states[channel].epoch])
         return {channel: place.position for channel in asked if (place := self._places.get(channel)) is not None}
 
+    async def _confirm(self, channels: Sequence[str]) -> set[str]:
+        """Which of ``channels`` stand where we know them, by one query for all of them, or two.
+
+        There is no document right behind a top.  Nor was there one that is deleted
+        by now: the place is trusted, or else the channel's document, read
+        afterwards, tells of the same life and of no higher floor.
+        """
+        asked_s = asyncio.get_running_loop().time()
+        known = {channel: (place, place.top) for channel in channels if (place := self._places.get(channel))}
+        lapsed = [channel for channel, (place, _) in known.items() if not self._trusted(place)]
+        news = await self._news({channel: top + 1 for channel, (_, top) in known.items()})
+        lapsed = [channel for channel in lapsed if channel not in news]
+        states = await self.states(lapsed) if lapsed else {}
+        confirmed = set(known) - news
+        for channel in lapsed:
+            place, top = known[channel]
+            state = states.get(channel)
+            if state is None or state.epoch != place.epoch or state.floor > top:
+                confirmed.discard(channel)
+        for channel in confirmed:
+            place, top = known[channel]
+            if place.top == top:
+                place.seen_s = asked_s
+                place.seen_ms = self.now_ms
+        return confirmed
+
     async def _see_all(self, channels: Sequence[str]) -> list[str]:
-        """Look at many, where nothing is known for the channel first; returns those of whom nothing was found."""
+        """Look at many; returns those of whom nothing was found.
+
+        Some at a time, so that what was learnt stays even if the caller's patience
+        ends: of ten thousand that nobody knew, the next call then has fewer left.
+        """
+        absent: list[str] = []
+        for start in range(0, len(channels), SEE_CHANNELS):
+            absent += await self._see_some(channels[start : start + SEE_CHANNELS])
+        return absent
+
+    async def _see_some(self, channels: Sequence[str]) -> list[str]:
         loop = asyncio.get_running_loop()
-        left = list(channels)
+        left = channels
         for attempt in range(TRIES):
             # Most channels that are followed and unknown were never published to: those cost no look at the log.
             states = await self.states(left) if left else {}
@@ -330,6 +392,6 @@ class Places:
             )
 
 
-def _bound(mapping: dict[str, Place] | dict[str, Position], most: int) -> None:
+def _bound(mapping: OrderedDict[str, Place] | OrderedDict[str, Position], most: int) -> None:
     if len(mapping) > most:
-        del mapping[next(iter(mapping))]
+        mapping.popitem(last=False)  # in a plain dict the first one is behind all that were deleted before it

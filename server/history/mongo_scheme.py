@@ -19,6 +19,8 @@ a number and a unique index: one index less to write.)  Further:
 * ``pubs``: the publications as one MessagePack, missing once they are erased.
   (As subdocuments a hundred of them took 188 µs to encode and 52 µs to decode,
   this way 12 and 21; nobody asks MongoDB for what is inside.)
+* ``version``: ``{slot, number, epoch}``, of the last publication in it that has a
+  version; it outlives the publication.  Missing if none has.
 * ``keys``: ``[{key, slot, until}]``, the idempotency keys in it with the Unix
   ms up to which they hold; they outlive the publications.  Missing if there are
   none.
@@ -27,9 +29,10 @@ a number and a unique index: one index less to write.)  Further:
   document is to go.  Missing if there is nothing to wait for.
 
 Its indexes: ``keys``, unique (channel, key), so that of two processes that use
-one key at the same time one gets a duplicate key error; and ``due``, by which the
-sweep finds what is due among millions.  Both are partial: documents without
-keys or due cost them nothing.
+one key at the same time one gets a duplicate key error; ``due``, by which the
+sweep finds what is due among millions; and ``versions``, by which the last one of a
+channel is found.  All are partial: documents without keys, due or version cost
+them nothing.
 
 ``channels``: one document a channel, made before its first commit and changed
 by destruction alone, never by a publication.  ``_id`` is the channel's name.
@@ -42,9 +45,12 @@ by destruction alone, never by a publication.  ``_id`` is the channel's name.
 * ``erased``: the slot up to which the sweep has erased what is gone.
 * ``used``: Unix ms of the newest publication that is gone, from which an empty
   channel's meta TTL counts.
+* ``version``: as in the log, the last one up to the floor.  Missing if there is none.
 * ``ended``: Unix ms when the last life ended; missing while it lives.
 
-``meta``: ``{_id: "format", version}``.
+``meta``: ``{_id: "format", version}``.  Format 2 is 1 with versions: what has the older
+one is adopted as it is, and servers that know no other, and would lose versions
+with what they trim, refuse it from then on.
 
 **Lives.**  A channel's life ends by the meta TTL or ``new_epochs``: the sweep
 takes the next slot for a document with ``end``.  Whoever publishes at the same
@@ -65,10 +71,10 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from server.history import COMMIT_PUBLICATIONS, REDACTED
+from server.history import COMMIT_PUBLICATIONS, REDACTED, Version
 from server.stream import ClientInfo, Publication
 
-FORMAT = 1
+FORMAT = 2
 LOG = "log"
 CHANNELS = "channels"
 META = "meta"
@@ -96,6 +102,7 @@ class Index(NamedTuple):
 INDEXES = (
     Index("keys", (("_id.channel", 1), ("keys.key", 1)), {"keys.key": {"$exists": True}}, unique=True),
     Index("due", (("due", 1),), {"due": {"$exists": True}}),
+    Index("versions", (("_id.channel", 1), ("_id.first", -1)), {"version": {"$exists": True}}),
 )
 
 
@@ -134,10 +141,32 @@ class Key(NamedTuple):
     until_ms: int
 
 
+class LastVersion(NamedTuple):
+    """The last version of a channel, and the slot of the publication that had it; slot 0 if none had any."""
+
+    slot: int = 0
+    version: Version = Version()
+
+    @classmethod
+    def of(cls, field: object) -> Self | None:
+        """What the field ``version`` says, missing or not; ``None`` if it is not ours."""
+        match field:
+            case None:
+                return cls()
+            case {"slot": int(slot), "number": int(number), "epoch": str(epoch)}:
+                return cls(int(slot), Version(int(number), epoch))
+        return None
+
+    @property
+    def field(self) -> Document:
+        """As it is stored; in this order, since ``$max`` compares the first field first."""
+        return {"slot": self.slot, "number": self.version.number, "epoch": self.version.epoch}
+
+
 class Record(NamedTuple):
     """A document of the log, with plain numbers: the driver's 64 bit ones are a kind of their own.
 
-    ``commit`` and ``packed`` are there only if they were asked for.
+    ``commit``, ``packed``, ``keys`` and ``version`` are there only if they were asked for.
     """
 
     channel: str
@@ -148,6 +177,7 @@ class Record(NamedTuple):
     commit: bytes
     packed: bytes | None
     keys: Sequence[Key]
+    version: LastVersion
 
     @classmethod
     def of(cls, document: Document) -> Self | None:
@@ -158,7 +188,8 @@ class Record(NamedTuple):
             case _:
                 return None
         packed, commit, keys = document.get("pubs"), document.get("commit", b""), document.get("keys", ())
-        if not (packed is None or isinstance(packed, bytes)) or not isinstance(commit, bytes):
+        version = LastVersion.of(document.get("version"))
+        if not (packed is None or isinstance(packed, bytes)) or not isinstance(commit, bytes) or version is None:
             return None
         if not 1 <= first <= last < first + SPAN or not isinstance(keys, list | tuple):
             return None
@@ -167,7 +198,7 @@ class Record(NamedTuple):
         except (TypeError, ValueError, KeyError):
             return None
         ends = document.get("end", False) is True
-        return cls(channel, int(first), int(last), int(time_ms), ends, commit, packed, found)
+        return cls(channel, int(first), int(last), int(time_ms), ends, commit, packed, found, version)
 
     def publications(self, base: int) -> list[Publication] | None:
         """What is in it, with offsets above ``base``; empty if it is erased, ``None`` if it is not ours."""
@@ -209,6 +240,7 @@ class Channel(NamedTuple):
     erased: int
     used_ms: int
     ended_ms: int
+    version: LastVersion = LastVersion()
 
     @classmethod
     def of(cls, document: Document) -> Self | None:
@@ -221,9 +253,11 @@ class Channel(NamedTuple):
                 "floor": int(floor),
                 "erased": int(erased),
                 "used": int(used_ms),
-            } if isinstance(document.get("ended", 0), int):
-                numbers = base, floor, erased, used_ms, document.get("ended", 0)
-                return cls(name, epoch, *map(int, numbers))
+            } if isinstance(document.get("ended", 0), int) and (version := LastVersion.of(document.get("version"))):
+                base, floor, erased, used_ms, ended_ms = map(
+                    int, (base, floor, erased, used_ms, document.get("ended", 0))
+                )
+                return cls(name, epoch, base, floor, erased, used_ms, ended_ms, version)
         return None
 
 
@@ -238,9 +272,16 @@ def slots(channel: str, above: int = 0, upto: int = LAST_SLOT) -> Document:
 
 
 def commit_document(
-    channel: str, first: int, time_ms: int, commit: bytes, packed: bytes, count: int, keys: Iterable[Key]
+    channel: str,
+    first: int,
+    time_ms: int,
+    commit: bytes,
+    packed: bytes,
+    count: int,
+    keys: Iterable[Key],
+    version: LastVersion = LastVersion(),  # noqa: B008 frozen
 ) -> Document:
-    """The document of a commit of ``count`` publications."""
+    """The document of a commit of ``count`` publications; ``version`` is the channel's last one, in it or before it."""
     document: Document = {
         "_id": slot_id(channel, first),
         "last": first + count - 1,
@@ -252,7 +293,15 @@ def commit_document(
     if held:
         document["keys"] = [{"key": key.key, "slot": key.slot, "until": key.until_ms} for key in held]
         document["due"] = max(key.until_ms for key in held)
+    if version.slot >= first:
+        document["version"] = version.field
     return document
+
+
+def trimming(floor: int, used_ms: int, version: LastVersion) -> Document:
+    """The update that raises a floor; ``version`` is the last one of what goes.  Never takes anything back."""
+    highest: Document = {"floor": floor, "used": used_ms}
+    return {"$max": {**highest, "version": version.field} if version.slot else highest}
 
 
 def end_document(channel: str, slot: int, now_ms: int, commit: bytes) -> Document:

@@ -45,7 +45,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import bson
 import pymongo
 from bson.errors import BSONError
-from pymongo import ReadPreference, WriteConcern
+from pymongo import IndexModel, ReadPreference, WriteConcern
 from pymongo.errors import (
     BulkWriteError,
     ConfigurationError,
@@ -58,7 +58,7 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 
 from server.errors import Unavailable
-from server.history.mongo_scheme import CHANNELS, FORMAT, INDEXES, LOG, META, Document, Index
+from server.history.mongo_scheme import CHANNELS, FORMAT, INDEXES, LOG, META, Document
 from server.observe import event
 from server.settings import MongoSettings
 
@@ -99,10 +99,14 @@ class _Wrong(Exception):
 
 
 class MongoServer:
-    """The replica set in ``settings``; call ``open`` before anything else, and ``close`` in the end."""
+    """The replica set in ``settings``; call ``open`` before anything else, and ``close`` in the end.
 
-    def __init__(self, settings: MongoSettings) -> None:
+    Unless it ``adopts`` it leaves history's collections alone.
+    """
+
+    def __init__(self, settings: MongoSettings, *, adopts: bool = True) -> None:
         self._settings = settings
+        self._adopts = adopts
         parts = urlsplit(settings.url)
         self._secrets = _secrets(settings.url)
         self._user = unquote(parts.username or "")
@@ -112,6 +116,7 @@ class MongoServer:
         self.place = f"{parts.scheme}://{self._hosts}/{settings.database}"
         self.attempt_s = max(SHORTEST_ATTEMPT_S, settings.publish_timeout / 3)
         self._client: Any = None
+        self._database: Any = None
         self._collections: dict[str, Any] = {}
         self._certain: dict[str, Any] = {}
 
@@ -177,11 +182,16 @@ class MongoServer:
             read_concern=ReadConcern("majority"),
             write_concern=WriteConcern("majority", j=True),
         )
+        self._database = database
         for name in (LOG, CHANNELS, META):
             self._collections[name] = database[name]
             self._certain[name] = database[name].with_options(read_concern=ReadConcern("linearizable"))
 
     # --- asking ---------------------------------------------------------------
+    def collection(self, name: str) -> Any:
+        """A collection that is not history's, as the driver has it; to be used within ``attempt``."""
+        return self._database[name]
+
     async def find(
         self,
         collection: str,
@@ -190,10 +200,11 @@ class MongoServer:
         fields: Sequence[str] = (),
         newest: bool = False,
         ordered: bool = True,
+        by: str = "_id",
         limit: int = 0,
         certain: bool = False,
     ) -> list[Document]:
-        """The documents that match, by ``_id`` ascending or the ``newest`` first, at most ``limit`` (0: all).
+        """The documents that match, ascending ``by`` a field or the ``newest`` first, at most ``limit`` (0: all).
 
         ``fields`` are those asked for beside ``_id`` (none: all).  ``certain``
         makes the read linearizable, which costs as much as a write.  Raises
@@ -204,7 +215,7 @@ class MongoServer:
         def work() -> Awaitable[list[Document]]:
             cursor = asked.find(query, dict.fromkeys(fields, 1) or None)
             if ordered:
-                cursor = cursor.sort("_id", pymongo.DESCENDING if newest else pymongo.ASCENDING)
+                cursor = cursor.sort(by, pymongo.DESCENDING if newest else pymongo.ASCENDING)
             if certain:
                 cursor = cursor.batch_size(CERTAIN_BATCH)  # no second batch would be certain
             found: Awaitable[list[Document]] = cursor.limit(limit).to_list(None)
@@ -304,9 +315,12 @@ class MongoServer:
         left_s = ends - asyncio.get_running_loop().time()
         with pymongo.timeout(max(SHORTEST_ATTEMPT_S, min(left_s, OPEN_S / 2))):
             self._judge(await self._client.admin.command("hello"))
+            if not self._adopts:
+                return
             await self._adopt_format()
-            for index in INDEXES:
-                await self._adopt_index(index)
+            await self._judge_indexes()
+        await self._make_indexes(ends)
+        with pymongo.timeout(self.attempt_s):
             await self._warn_of_foreign()
 
     def _judge(self, hello: Mapping[str, Any]) -> None:
@@ -349,6 +363,8 @@ class MongoServer:
                     )
         with suppress(DuplicateKeyError):
             await meta.update_one({"_id": "format"}, {"$setOnInsert": {"version": FORMAT}}, upsert=True)
+        older = {"_id": "format", "version": {"$type": "number", "$lt": FORMAT}}
+        await meta.update_one(older, {"$set": {"version": FORMAT}})
         found = await meta.find_one({"_id": "format"}) or {}
         version = found.get("version")
         if not isinstance(version, int):
@@ -359,43 +375,56 @@ class MongoServer:
                 f"knows up to {FORMAT}); upgrade the server, or name another database"
             )
 
-    async def _adopt_index(self, index: Index) -> None:
-        """Make an index that is missing; one that differs is the operator's to change."""
-        log = self._collections[LOG]
-        collation = (await self._indexes()).get("_id_", {}).get("collation")
+    async def _judge_indexes(self) -> None:
+        """See that no index differs from ours; one that does is the operator's to change."""
+        indexes = await self._indexes()
+        collation = indexes.get("_id_", {}).get("collation")
         if collation:
             raise _Wrong(self._at_odds("_id_", {"collation": dict(collation)}, {}))
-        expected = {"key": list(index.keys), "unique": index.unique, "partialFilterExpression": index.partial}
-        found = (await self._indexes()).get(index.name)
-        if found is None:
-            try:
-                await log.create_index(
-                    list(index.keys),
-                    name=index.name,
-                    unique=index.unique,
-                    partialFilterExpression=index.partial,
-                )
-            except OperationFailure as error:
-                if error.code not in (*AT_ODDS, DUPLICATE_KEY):
-                    raise
-                raise _Wrong(
-                    f"mongo.database: index {index.name!r} of {self._settings.database}.{LOG} cannot be made: "
-                    f"{self._clean(error)}"
-                ) from error
-            return
-        other = {
-            name: value
-            for name, value in found.items()
-            if name not in ("v", "ns", "background") and name not in expected
-        }
-        actual = {
-            "key": [(name, order) for name, order in found.get("key", ())],
-            "unique": bool(found.get("unique", False)),
-            "partialFilterExpression": dict(found.get("partialFilterExpression", {})),
-            **other,
-        }
-        if actual != expected:
-            raise _Wrong(self._at_odds(index.name, actual, expected))
+        for index in INDEXES:
+            found = indexes.get(index.name)
+            if found is None:
+                continue
+            expected = {"key": list(index.keys), "unique": index.unique, "partialFilterExpression": index.partial}
+            other = {
+                name: value
+                for name, value in found.items()
+                if name not in ("v", "ns", "background") and name not in expected
+            }
+            actual = {
+                "key": [(name, order) for name, order in found.get("key", ())],
+                "unique": bool(found.get("unique", False)),
+                "partialFilterExpression": dict(found.get("partialFilterExpression", {})),
+                **other,
+            }
+            if actual != expected:
+                raise _Wrong(self._at_odds(index.name, actual, expected))
+
+    async def _make_indexes(self, ends: float) -> None:
+        """Have all indexes, those that another process is making included.
+
+        Without a limit of the driver's, by which the server would give up what it
+        has begun: so it goes on after us, and a later ``open`` finds it done.
+        """
+        models = [
+            IndexModel(list(index.keys), name=index.name, unique=index.unique, partialFilterExpression=index.partial)
+            for index in INDEXES
+        ]
+        where = f"{self._settings.database}.{LOG}"
+        try:
+            async with asyncio.timeout_at(ends - OPEN_PAUSE_S):
+                await self._collections[LOG].create_indexes(models)
+        except TimeoutError:
+            raise _Wrong(
+                f"mongo.database: the indexes of {where} are still being made, which takes as long as it is large; "
+                "nothing is wrong, it is ready when that is done"
+            ) from None
+        except OperationFailure as error:
+            if error.code not in (*AT_ODDS, DUPLICATE_KEY):
+                raise
+            raise _Wrong(
+                f"mongo.database: index missing in {where} that cannot be made: {self._clean(error)}"
+            ) from error
 
     async def _indexes(self) -> Mapping[str, Mapping[str, Any]]:
         found: Mapping[str, Mapping[str, Any]] = await self._collections[LOG].index_information()

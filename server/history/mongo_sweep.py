@@ -27,20 +27,24 @@ from server.history.mongo_scheme import (
     LOG,
     Channel,
     Document,
+    LastVersion,
     Record,
     after_end,
     end_document,
     erasure,
     slots,
+    trimming,
     unerased,
 )
 from server.history.mongo_server import Fate, MongoServer
 
 SWEEP_CHANNELS = 200
 ROUND_CHANNELS = 20
+FEW_RECORDS = 4
 SWEEP_RECORDS = 200
 SWEEP_DUE = 2_000
 ERASE_RECORDS = 1_000
+ERASE_STEPS = 5
 TOUCHED = 10_000
 TRIES = 5
 AT_ONCE = 8
@@ -55,6 +59,7 @@ class _Plan(NamedTuple):
     top: int
     forget: bool
     whole: bool
+    version: LastVersion = LastVersion()
 
 
 class _End(NamedTuple):
@@ -96,11 +101,14 @@ class Sweep:
             kept = [(state, retention) for state in states.values() if (retention := retention_of(state.name))]
             plans = await self._plans(kept, now_ms)
             await self._trim([plan for plan in plans if plan.floor > plan.state.floor], now_ms)
-            await self._erase([plan for plan in plans if plan.floor > plan.state.erased], now_ms)
+            behind = [plan.state for plan in plans if plan.state.floor > plan.state.erased]
+            for state in behind[:ERASE_STEPS]:
+                await self._erase_step(state.name, state.erased, state.floor, now_ms)
+            await self._erase([plan for plan in plans if plan.floor > plan.state.erased == plan.state.floor], now_ms)
             await self._end([_End(plan.state.name, plan.top + 1) for plan in plans if plan.forget], now_ms)
             await self._bury([state for state in states.values() if not state.epoch], now_ms)
             await self._see_to_due(now_ms)
-            unfinished = [plan.state.name for plan in plans if not plan.whole]
+            unfinished = [plan.state.name for plan in plans if not plan.whole] + [state.name for state in behind]
         finally:
             for channel in unfinished:
                 self.touch(channel)
@@ -122,33 +130,40 @@ class Sweep:
         return list(await asyncio.gather(*(plan(*pair) for pair in kept)))
 
     async def _plan(self, state: Channel, retention: Retention, now_ms: int) -> _Plan:
-        """Decide by the oldest documents that count, and the newest one."""
-        found = await self._server.find(
-            LOG, slots(state.name, state.floor), fields=("last", "time", "end"), limit=SWEEP_RECORDS
-        )
-        records = self._places.records(found)
-        whole = len(found) < SWEEP_RECORDS
-        newest = records[-1] if whole and records else None if whole else await self._places.newest(state.name)
-        if newest is not None and newest.ends:
-            # Whoever ended this life did not come to say so in its channel.
-            await self._after_end([_End(state.name, newest.first)], now_ms)
-            return _Plan(state, 0, 0, 0, False, True)
-        top = newest.last if newest is not None else state.floor
-        gone = [record for record in records if _is_gone(record, retention, top, now_ms)]
+        """Decide by the oldest documents that count, and the newest one.
+
+        As a rule a few show that nothing more is gone; many are asked for only when those are.
+        """
+        for limit in (FEW_RECORDS, SWEEP_RECORDS):
+            found = await self._server.find(
+                LOG, slots(state.name, state.floor), fields=("last", "time", "end", "version"), limit=limit
+            )
+            records = self._places.records(found)
+            whole = len(found) < limit
+            newest = records[-1] if whole and records else None if whole else await self._places.newest(state.name)
+            if newest is not None and newest.ends:
+                # Whoever ended this life did not come to say so in its channel.
+                await self._after_end([_End(state.name, newest.first)], now_ms)
+                return _Plan(state, 0, 0, 0, False, True)
+            top = newest.last if newest is not None else state.floor
+            gone = [record for record in records if _is_gone(record, retention, top, now_ms)]
+            if whole or len(gone) < len(records):
+                break
         floor = gone[-1].last if gone else state.floor
         used_ms = gone[-1].time_ms if gone else state.used_ms
+        version = max((record.version for record in gone), default=LastVersion())
         forget = state.epoch != "" and floor == top and forgets(retention, used_ms, now_ms)
-        return _Plan(state, floor, used_ms, top, forget, whole or len(gone) < len(records))
+        return _Plan(state, floor, used_ms, top, forget, whole or len(gone) < len(records), version)
 
     async def _trim(self, plans: Sequence[_Plan], now_ms: int) -> None:
         changes: list[tuple[Document, Document]] = []
         for plan in plans:
             query: Document = {"_id": plan.state.name, "epoch": plan.state.epoch, "base": plan.state.base}
-            changes.append((query, {"$max": {"floor": plan.floor, "used": plan.used_ms}}))
+            changes.append((query, trimming(plan.floor, plan.used_ms, plan.version)))
         await self._server.update_each(CHANNELS, changes)
 
     async def _erase(self, plans: Sequence[_Plan], now_ms: int) -> None:
-        """Erase what is below the floors, and note that it was."""
+        """Erase what has just come below the floors, and note that it was."""
         erasures: list[tuple[Document, Document]] = []
         notes: list[tuple[Document, Document]] = []
         for plan in plans:
@@ -230,27 +245,33 @@ class Sweep:
 
     # --- one channel ------------------------------------------------------------
     async def remove(self, channel: str, now_ms: int) -> None:
-        """Raise the floor to the top, and erase; raises ``errors.Unavailable``, call it again."""
+        """Raise the floor to the top, and erase; the sweep erases what is many.
+
+        Raises ``errors.Unavailable``, call it again.
+        """
         view = (await self._places.look([channel], certain=True))[channel]
         state, newest = view.state, view.newest
         if state is None or not view.alive:
             return
         if newest is not None and newest.last > state.floor:
             query: Document = {"_id": channel, "epoch": state.epoch, "base": state.base}
-            changed = await self._server.update(
-                CHANNELS, query, {"$max": {"floor": newest.last, "used": newest.time_ms}}
-            )
-            if not changed:
+            # What has come since the look is below no floor yet, but a version is no less true for being known early.
+            version = (await self._places.last_versions([channel]))[channel]
+            if not await self._server.update(CHANNELS, query, trimming(newest.last, newest.time_ms, version)):
                 return  # Its life has ended meanwhile, and everything went with it.
-        await self._erase_now(channel, state.erased, view.top, now_ms)
+        erased = state.erased
+        for _ in range(ERASE_STEPS):
+            if erased < view.top:
+                erased = await self._erase_step(channel, erased, view.top, now_ms)
+        self.touch(channel)
 
-    async def _erase_now(self, channel: str, erased: int, floor: int, now_ms: int) -> None:
-        while erased < floor:
-            found = await self._server.find(LOG, slots(channel, erased, floor), fields=("last",), limit=ERASE_RECORDS)
-            upto = found[-1]["_id"]["first"] if len(found) == ERASE_RECORDS else floor
-            await self._server.update(LOG, unerased(channel, erased, upto), erasure(now_ms))
-            await self._server.update(CHANNELS, {"_id": channel}, {"$max": {"erased": upto}})
-            erased = upto
+    async def _erase_step(self, channel: str, erased: int, floor: int, now_ms: int) -> int:
+        """Erase the next ``ERASE_RECORDS`` documents below ``floor``, and note it; returns up to where."""
+        found = await self._server.find(LOG, slots(channel, erased, floor), fields=("last",), limit=ERASE_RECORDS)
+        upto: int = found[-1]["_id"]["first"] if len(found) == ERASE_RECORDS else floor
+        await self._server.update(LOG, unerased(channel, erased, upto), erasure(now_ms))
+        await self._server.update(CHANNELS, {"_id": channel}, {"$max": {"erased": upto}})
+        return upto
 
     async def redact(self, channel: str, offset: int) -> None:
         """Put ``null`` in place of one payload.

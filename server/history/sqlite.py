@@ -40,6 +40,7 @@ from server.history import (
     History,
     Retention,
     RetentionOf,
+    Version,
     floor_at,
     forgets,
     random_epoch,
@@ -142,6 +143,7 @@ class SqliteHistory(History):
         loop = self._opened()
         channel.encode()
         draft.key.encode()
+        draft.version.epoch.encode()
         extra = None
         if draft.info is not None or draft.tags is not None:
             extra = _extra_encoder.encode(_Extra(draft.info, draft.tags))
@@ -242,13 +244,16 @@ class SqliteHistory(History):
         batch = self._gathering.take()
         store = partial(_store, batch=batch, idempotency_ttl_ms=self._idempotency_ttl_ms, new_epoch=self._epoch_source)
         self._committing = True
-        self._file.write(store).add_done_callback(partial(self._answer, batch))
+        written_at = asyncio.get_running_loop().time()
+        self._file.write(store).add_done_callback(partial(self._answer, batch, written_at))
 
-    def _answer(self, batch: list[Commit[_Waiter]], done: asyncio.Future[list[_Stored]]) -> None:
+    def _answer(self, batch: list[Commit[_Waiter]], written_at: float, done: asyncio.Future[list[_Stored]]) -> None:
         """Tell the outcome of a batch, each commit to ``on_commit`` before its waiters, and begin the next."""
         self._committing = False
         error = done.exception()
         if error is None:
+            took_s = asyncio.get_running_loop().time() - written_at
+            self.on_batch(sum(len(stored.publications) for stored in done.result()), took_s)
             for commit, stored in zip(batch, done.result(), strict=True):
                 self._tell(commit, stored)
         else:
@@ -286,19 +291,22 @@ def _store(
     """Number and store a batch in one transaction; the outcome of each commit, in order."""
     outcomes: list[_Stored] = []
     rows: list[tuple[int, int, int, bytes, bytes | None]] = []
-    channels: list[tuple[int, int, int]] = []
+    channels: list[tuple[int, int, int, str, int]] = []
     keys: list[tuple[int, str, int, str, int]] = []
     with transaction(db, "BEGIN IMMEDIATE"):
         for commit in batch:
             found = db.execute(
-                "SELECT id, epoch, top, used_ms FROM channels WHERE name=?", (commit.channel,)
+                "SELECT id, epoch, top, used_ms, version, version_epoch FROM channels WHERE name=?", (commit.channel,)
             ).fetchone()
             if found is None:
-                made = db.execute("INSERT INTO channels VALUES (NULL, ?, ?, 0, 0, 0)", (commit.channel, new_epoch()))
-                found = db.execute(
-                    "SELECT id, epoch, top, used_ms FROM channels WHERE id=?", (made.lastrowid,)
-                ).fetchone()
-            channel_id, epoch, top, time_ms = found
+                epoch = new_epoch()
+                made = db.execute(
+                    "INSERT INTO channels (name, epoch, top, floor, used_ms) VALUES (?, ?, 0, 0, 0)",
+                    (commit.channel, epoch),
+                )
+                found = made.lastrowid, epoch, 0, 0, 0, ""
+            channel_id, epoch, top, time_ms, *last = found
+            version = Version(*last)
             stored = _Stored(epoch, [], [])
             for entry in commit.entries:
                 draft = entry.draft
@@ -310,17 +318,23 @@ def _store(
                     if first is not None:
                         stored.outcomes.append(Appended(Position(*first), repeated=True))
                         continue
+                if version.covers(draft.version):
+                    stored.outcomes.append(Appended(Position(top, epoch), repeated=True))
+                    continue
+                if draft.version.number:
+                    version = draft.version
+                if draft.key:
                     keys.append((channel_id, draft.key, top + 1, epoch, entry.now_ms + idempotency_ttl_ms))
                 top += 1
                 time_ms = max(time_ms, entry.now_ms)
                 rows.append((channel_id, top, time_ms, draft.data, entry.waiter.extra))
                 stored.outcomes.append(Appended(Position(top, epoch)))
-                stored.publications.append(Publication(draft.data, top, time_ms, draft.info, draft.tags))
+                stored.publications.append(Publication(draft.data, top, time_ms, draft.info, draft.tags, draft.delta))
             if stored.publications:
-                channels.append((top, time_ms, channel_id))
+                channels.append((top, time_ms, *version, channel_id))
             outcomes.append(stored)
         db.executemany("INSERT INTO publications VALUES (?, ?, ?, ?, ?)", rows)
-        db.executemany("UPDATE channels SET top=?, used_ms=? WHERE id=?", channels)
+        db.executemany("UPDATE channels SET top=?, used_ms=?, version=?, version_epoch=? WHERE id=?", channels)
         db.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)", keys)
     return outcomes
 
@@ -520,6 +534,7 @@ def _new_epochs(db: sqlite3.Connection, *, epoch_source: Callable[[], str]) -> i
         db.execute("DELETE FROM channels WHERE name IS NULL")
         ids = db.execute("SELECT id FROM channels").fetchall()
         db.executemany(
-            "UPDATE channels SET epoch=?, top=0, floor=0 WHERE id=?", [(epoch_source(), row_id) for (row_id,) in ids]
+            "UPDATE channels SET epoch=?, top=0, floor=0, version=0, version_epoch='' WHERE id=?",
+            [(epoch_source(), row_id) for (row_id,) in ids],
         )
     return len(ids)

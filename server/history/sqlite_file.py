@@ -41,7 +41,8 @@ The tables, and why each is there:
   commit: meta TTL, and times that never go backwards).  ``id`` stands for the
   name in the big tables.  ``name`` is unique, which is also the index by which
   commits and reads find it, and NULL once the channel is forgotten: it is gone
-  for all at once, while its rows are erased bit by bit.
+  for all at once, while its rows are erased bit by bit.  ``version`` and
+  ``version_epoch`` are the last ones published (since schema 2), 0 if there are none.
 * ``publications``: one row each, keyed (``channel``, ``offset``) and stored in
   that order (``WITHOUT ROWID``), so that a page is one stretch of the file and
   no second index is to be kept.  All offsets above the floor up to the top are
@@ -70,7 +71,7 @@ from server.errors import Unavailable
 from server.observe import event
 
 APPLICATION_ID = int.from_bytes(b"wspt", "big")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE channels (
     id INTEGER PRIMARY KEY,
@@ -78,7 +79,9 @@ CREATE TABLE channels (
     epoch TEXT NOT NULL,
     top INTEGER NOT NULL,
     floor INTEGER NOT NULL,
-    used_ms INTEGER NOT NULL
+    used_ms INTEGER NOT NULL,
+    version INTEGER NOT NULL DEFAULT 0,
+    version_epoch TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE publications (
     channel INTEGER NOT NULL,
@@ -98,6 +101,13 @@ CREATE TABLE keys (
 ) WITHOUT ROWID;
 CREATE INDEX keys_by_expiry ON keys (expires_ms);
 """
+UPGRADES = {
+    1: """
+ALTER TABLE channels ADD COLUMN version INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE channels ADD COLUMN version_epoch TEXT NOT NULL DEFAULT '';
+""",
+}
+"""What makes the next schema of an older one; a column with a default is added without touching a row."""
 
 BUSY_S = 1.0
 SWITCH_S = 0.000_02
@@ -354,9 +364,10 @@ def _adopt(db: sqlite3.Connection, *, path: str) -> None:
     (journal,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
     if journal != "wal":
         raise Unavailable(f"{path} is on a file system without shared memory; name a file on a local disk")
-    if empty:
+    script = SCHEMA if empty else "".join(UPGRADES[older] for older in range(max(1, version), SCHEMA_VERSION))
+    if script:
         with transaction(db, "BEGIN IMMEDIATE"):
-            for statement in SCHEMA.split(";"):
+            for statement in script.split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA application_id={APPLICATION_ID}")
             db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")

@@ -7,7 +7,7 @@ which the same history is found again), and what it can.
 import asyncio
 import itertools
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from mongod import fresh_database, shared_set
 
 from server.errors import TOO_MANY_REQUESTS, UNRECOVERABLE_POSITION, Refused, Unavailable
-from server.history import IDEMPOTENCY_TTL_MS, QUEUE_PUBLICATIONS, Appended, Draft, History
+from server.history import (
+    HIGHEST_VERSION,
+    IDEMPOTENCY_TTL_MS,
+    QUEUE_PUBLICATIONS,
+    Appended,
+    Draft,
+    History,
+    Version,
+)
 from server.history.memory import Log, MemoryHistory
 from server.history.mongo import MongoHistory
 from server.history.sqlite import SqliteHistory
@@ -222,6 +230,19 @@ async def test_info_tags_and_any_bytes_survive(kind: Kind, tmp_path: Path) -> No
         ]
         assert list(page.publications) == heard
         assert [each.time_ms for each in heard] == [NOW, NOW, NOW]
+
+
+@every_kind
+async def test_the_wish_for_a_patch_is_told_and_not_stored(kind: Kind, tmp_path: Path) -> None:
+    """``delta`` comes with on_commit, for the live ones; what is read back has no wishes (PROTOCOL 12.3)."""
+    heard: list[Publication] = []
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(publications)
+        for wish in (True, False, True):
+            await history.append("a", Draft(b"1", delta=wish), FOREVER, NOW)
+        assert [each.delta for each in heard] == [True, False, True]
+        page = await history.read("a", FOREVER, NOW)
+        assert [each.delta for each in page.publications] == [False, False, False]
 
 
 @every_kind
@@ -621,6 +642,141 @@ async def test_a_key_expires(kind: Kind, swept: str, tmp_path: Path) -> None:
         assert seen == [(1, False), (1, True), (2, False), (2, True), (3, False)]
 
 
+# --- versions ---------------------------------------------------------------------------
+
+
+async def tell(history: History, number: int, epoch: str = "", *, key: str = "", at_ms: int = NOW) -> tuple[int, bool]:
+    """Append to "a" what says its version; gives its offset, or the top, and whether it was stored."""
+    draft = Draft(f"{number}{epoch}".encode(), key=key, version=Version(number, epoch))
+    appended = await history.append("a", draft, FOREVER, at_ms)
+    return appended.position.offset, not appended.repeated
+
+
+@every_kind
+async def test_what_is_outdated_is_not_stored(kind: Kind, tmp_path: Path) -> None:
+    """PROTOCOL 11.8.3: an equal or lower version gets the top, unless its epoch is another than the last one's."""
+    heard: list[bytes] = []
+    async with kind.opened(tmp_path) as history:
+        history.on_commit = lambda channel, epoch, publications: heard.extend(each.data for each in publications)
+        for number, epoch, expected in (
+            (5, "", (1, True)),
+            (5, "", (1, False)),
+            (4, "", (1, False)),
+            (6, "", (2, True)),
+            (0, "", (3, True)),  # without a version nothing is compared, and the last one stays
+            (6, "", (3, False)),
+            (2, "x", (4, True)),  # another epoch counts by itself
+            (6, "x", (5, True)),
+            (6, "x", (5, False)),
+            (6, "", (5, False)),  # no epoch: compared whatever the last one's is
+            (1, "y", (6, True)),
+            (HIGHEST_VERSION, "", (7, True)),
+            (HIGHEST_VERSION, "", (7, False)),
+            (1, "y", (8, True)),  # the last one's epoch is "" now
+        ):
+            assert await tell(history, number, epoch) == expected
+        told = [b"5", b"6", b"0", b"2x", b"6x", b"1y", b"%d" % HIGHEST_VERSION, b"1y"]
+        assert heard == told
+        assert [each.data for each in (await history.read("a", FOREVER, NOW)).publications] == told
+        top = (await history.read("a", FOREVER, NOW)).top
+        outdated = await history.append("a", Draft(b"", version=Version(1)), FOREVER, NOW)
+        assert outdated == Appended(top, repeated=True)
+        assert (await history.append("b", Draft(b"", version=Version(1)), FOREVER, NOW)).position.offset == 1
+
+
+@every_kind
+async def test_raced_versions_are_stored_ascending(kind: Kind, tmp_path: Path) -> None:
+    """Many at once, in no order, with others between: what is stored ascends, and the highest is there."""
+    async with kind.opened(tmp_path) as history:
+        numbers = [(n * 37) % 101 for n in range(1, 101)]
+        beside = asyncio.gather(*(history.append("a", Draft(b"-"), FOREVER, NOW) for _ in range(30)))
+        raced = await asyncio.gather(*(tell(history, number) for number in numbers))
+        await beside
+        page = await history.read("a", FOREVER, NOW, limit=-1)
+        stored = [int(each.data) for each in page.publications if each.data != b"-"]
+        assert stored == sorted(set(stored))
+        assert stored[-1] == 100
+        assert sorted(number for number, (_, told) in zip(numbers, raced, strict=True) if told) == stored
+        for number, (offset, told) in zip(numbers, raced, strict=True):
+            assert page.publications[offset - 1].data == b"%d" % number or not told
+
+
+@every_shared_kind
+async def test_processes_race_versions(kind: Kind, tmp_path: Path) -> None:
+    """Three processes say the same versions at once, and others without: each is stored once at most, ascending."""
+
+    async def publish(history: History) -> list[int]:
+        told = []
+        for number in range(1, 21):
+            offset, stored = await tell(history, number)
+            told += [number] if stored else []
+            assert offset >= 1
+            if number % 4 == 0:
+                await say(history, "a", "-")
+        return told
+
+    async with kind.opened(tmp_path) as one, kind.opened(tmp_path) as two, kind.opened(tmp_path) as three:
+        told = await asyncio.gather(*map(publish, (one, two, three)))
+        page = await one.read("a", FOREVER, NOW, limit=-1)
+        stored = [int(each.data) for each in page.publications if each.data != b"-"]
+        assert stored == sorted(itertools.chain(*told))
+        assert stored == sorted(set(stored))
+        assert stored[-1] == 20
+
+
+@every_kind
+async def test_a_version_outlives_its_publication(kind: Kind, tmp_path: Path) -> None:
+    """Trimming, sweeps long after, and ``remove`` leave the last version; only the end of the epoch takes it."""
+    one, none = Retention(1, -1, -1), Retention(0, -1, 1_000)
+    day_ms = 24 * 3600 * 1000
+    async with kind.opened(tmp_path) as history:
+        assert await tell(history, 7, "x") == (1, True)
+        await say(history, "a", "2", "3", retention=one)
+        for days in range(3):
+            await history.sweep(lambda channel: one, NOW + days * day_ms)
+            assert await tell(history, 7, "x", at_ms=NOW + days * day_ms) == (3, False)
+        await history.remove("a")
+        assert await tell(history, 8, "x", at_ms=NOW + 3 * day_ms) == (4, True)
+        await history.remove("a")
+        for days in range(3, 6):
+            await history.sweep(lambda channel: one, NOW + days * day_ms)
+            assert await tell(history, 8, at_ms=NOW + days * day_ms) == (4, False)
+        await history.sweep(lambda channel: none, NOW + 6 * day_ms)
+        assert await tell(history, 1, "x", at_ms=NOW + 6 * day_ms) == (1, True)
+        await history.new_epochs()
+        assert await tell(history, 1, "x", at_ms=NOW + 6 * day_ms) == (1, True)
+
+
+@every_kind
+async def test_a_key_goes_before_a_version(kind: Kind, tmp_path: Path) -> None:
+    """A retry gets its first position, however outdated; what was outdated uses up no key."""
+    async with kind.opened(tmp_path) as history:
+        assert await tell(history, 1, key="one") == (1, True)
+        assert await tell(history, 5, key="five") == (2, True)
+        again = await asyncio.gather(
+            tell(history, 1, key="one"),
+            tell(history, 9, key="five"),
+            tell(history, 4, key="four"),
+            tell(history, 6, key="six"),
+            tell(history, 6, key="six"),
+        )
+        assert [*again] == [(1, False), (2, False), (2, False), (3, True), (3, False)]
+        assert await tell(history, 7, key="four") == (4, True)
+
+
+@every_surviving_kind
+async def test_versions_outlast_a_restart(kind: Kind, tmp_path: Path) -> None:
+    """The last version is known after close and open, and so is that there was none."""
+    async with kind.opened(tmp_path) as history:
+        await say(history, "b", "1")
+        assert await tell(history, 3, "x") == (1, True)
+        await say(history, "a", "2")
+    async with kind.opened(tmp_path) as history:
+        assert await tell(history, 3, "x") == (2, False)
+        assert await tell(history, 3, "y") == (3, True)
+        assert (await history.append("b", Draft(b"", version=Version(1)), FOREVER, NOW)).position.offset == 2
+
+
 # --- waiting ----------------------------------------------------------------------------
 
 
@@ -720,6 +876,7 @@ class Life:
         self.removed = 0
         self.keys: dict[str, tuple[int, int]] = {}
         self.used_ms = 0
+        self.version = Version()
 
     def kept(self, retention: Retention, now_ms: int) -> list[Publication]:
         """What is neither removed, nor beyond the size, nor too old."""
@@ -747,6 +904,10 @@ class Model:
         offset, expires_ms = life.keys.get(draft.key, (0, 0))
         if draft.key and expires_ms > now_ms:
             return life, offset, True
+        number, epoch = draft.version
+        if number and number <= life.version.number and (not epoch or epoch == life.version.epoch):
+            return life, len(life.said), True
+        life.version = draft.version if number else life.version
         life.used_ms = max(life.used_ms, now_ms)
         life.said.append(Publication(draft.data, len(life.said) + 1, life.used_ms))
         if draft.key:
@@ -777,8 +938,12 @@ class Model:
 
 CHANNELS = st.sampled_from("abcd")
 KEYS = st.sampled_from(["", "", "k", "l"])
+VERSIONS = st.just(Version()) | st.builds(Version, st.integers(1, 3), st.sampled_from(["", "x"]))
 STEPS = st.one_of(
-    st.tuples(st.just("append"), st.lists(st.tuples(CHANNELS, KEYS, st.integers(0, 80)), min_size=1, max_size=6)),
+    st.tuples(
+        st.just("append"),
+        st.lists(st.tuples(CHANNELS, KEYS, VERSIONS, st.integers(0, 80)), min_size=1, max_size=6),
+    ),
     st.tuples(st.just("pass"), st.integers(0, 130)),
     st.tuples(
         st.just("read"),
@@ -800,6 +965,7 @@ async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None
     """Do ``steps`` to a history and to the model, and look at everything after each."""
     model = Model()
     now_ms = NOW
+    swept_ms = 0
     serial = itertools.count()
     heard: dict[str, list[Publication]] = defaultdict(list)
     expected: dict[str, list[Publication]] = defaultdict(list)
@@ -825,16 +991,21 @@ async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None
         history.on_commit = listen
         for what, argument in steps:
             if what == "append":
-                # The clock of an append may be behind by the few ms given.
-                drafts = [(channel, Draft(b"%d" % next(serial), key=key), behind) for channel, key, behind in argument]
-                behind_ms = max(behind for _, _, behind in drafts)
-                appends = [
-                    history.append(channel, draft, RETENTIONS[channel], now_ms - behind_ms)
-                    for channel, draft, _ in drafts
+                # The clock of an append may be behind by the few ms given, but not behind the last sweep: whether a key
+                # that a sweep found expired is known to a clock of before it is nobody's promise.
+                # Of two with one key at once the second shares what becomes of the first, where there are queues: as
+                # in turn, unless the first is outdated.  So those have no version here.
+                uses = Counter((channel, key) for channel, key, _, _ in argument if key)
+                drafts = [
+                    (channel, Draft(b"%d" % next(serial), key=key, version=version), behind)
+                    for channel, key, wish, behind in argument
+                    for version in [wish if uses[channel, key] < 2 else Version()]
                 ]
+                at_ms = max(now_ms - max(behind for _, _, behind in drafts), swept_ms)
+                appends = [history.append(channel, draft, RETENTIONS[channel], at_ms) for channel, draft, _ in drafts]
                 results = await asyncio.gather(*appends)
                 for (channel, draft, _), appended in zip(drafts, results, strict=True):
-                    life, offset, repeated = model.append(channel, draft, now_ms - behind_ms)
+                    life, offset, repeated = model.append(channel, draft, at_ms)
                     assert (appended.position.offset, appended.repeated) == (offset, repeated)
                     model.agree_on_epoch(life, appended.position.epoch)
                     if not repeated:
@@ -875,6 +1046,7 @@ async def compare(kind: Kind, place: Path, steps: list[tuple[str, Any]]) -> None
             elif what == "sweep":
                 await history.sweep(RETENTIONS.get, now_ms)
                 model.sweep(now_ms)
+                swept_ms = now_ms
             elif what == "new_epochs":
                 assert await history.new_epochs() == model.new_epochs()
             elif what == "restart" and kind.survives:

@@ -17,14 +17,17 @@ import bson
 import pymongo
 import pytest
 from conftest import ExpectedLog
-from mongod import Member, Mongod, ReplicaSet, disturbing, free_port, fresh_database, shared_set
+from mongod import Member, Mongod, ReplicaSet, disturbing, fresh_database, shared_set
+from ports import free_port
 from proxy import Proxy
 from pymongo.database import Database
 
 from server.errors import Refused, Unavailable
-from server.history import QUEUE_PUBLICATIONS, Appended, Draft
+from server.history import QUEUE_PUBLICATIONS, Appended, Draft, Version
 from server.history.mongo import MongoHistory
-from server.history.mongo_scheme import GUARD_MS, TRUST_S
+from server.history.mongo_looks import LOOKED_AT
+from server.history.mongo_scheme import GUARD_MS, TRUST_S, commit_document, pack
+from server.history.mongo_sweep import ERASE_RECORDS, ERASE_STEPS
 from server.settings import MongoSettings
 from server.stream import Page, Position, Publication, Retention
 
@@ -408,6 +411,57 @@ async def test_raced_keys_are_published_once(database: str) -> None:
         assert len((await everything(left, "a")).publications) == 220
 
 
+async def tell(history: MongoHistory, number: int, epoch: str = "") -> tuple[int, bool]:
+    """Append to "a" what says its version; gives its offset, or the top, and whether it was stored."""
+    draft = Draft(f"{number}{epoch}".encode(), version=Version(number, epoch))
+    appended = await history.append("a", draft, FOREVER, NOW)
+    return appended.position.offset, not appended.repeated
+
+
+async def test_what_is_outdated_is_found_so_in_the_database(database: str) -> None:
+    """What one process knows of the last version may be old: it neither lets in nor keeps out by it."""
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        assert await tell(left, 5, "a") == (1, True)
+        assert await tell(right, 1, "b") == (2, True)
+        assert await tell(left, 3, "a") == (3, True)  # as far as it knew, 5 was the last one of this epoch
+        assert await tell(right, 9, "a") == (4, True)
+        assert await tell(left, 4, "a") == (4, False)
+        assert await say(right, "a", "-") == [5]
+        left.heard("a", Position(5, (await right.tops("a"))["a"].epoch), NOW)
+        assert await tell(left, 9, "a") == (5, False)
+        assert await tell(left, 10, "a") == (6, True)
+
+
+async def test_whoever_publishes_alone_looks_for_no_version(database: str) -> None:
+    """After the first one the last version is known from own commits, as the top is."""
+    async with opened(database) as history:
+        assert await tell(history, 1) == (1, True)
+        assert await say(history, "a", "-") == [2]
+        with queries(database) as asked:
+            assert [await tell(history, number) for number in range(2, 6)] == [(n, True) for n in range(3, 7)]
+        assert asked == []
+
+
+@pytest.mark.parametrize("failure", ["step-down", "closed connection", "no answer", "majority in vain"])
+async def test_a_version_whose_outcome_is_unknown(failure: str, database: str, log: ExpectedLog) -> None:
+    """Whether the write was done or not: each version is stored once, what comes later is compared with it."""
+    log.expect("history.commit_failed")
+    times, how = FAILURES[failure]
+    primary = shared_set().primary()
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        await tell(left, 1)
+        try:
+            await asyncio.to_thread(lambda: primary.fail("insert", times=times, **how))
+            told = await asyncio.gather(*(tell(side, number) for number in (2, 3, 4) for side in (left, right)))
+        finally:
+            primary.fail_no_more()
+        stored = [int(each.data) for each in (await everything(left, "a")).publications]
+        assert stored == sorted(set(stored))
+        assert stored[-1] == 4
+        assert sum(new for _, new in told) == len(stored) - 1
+        assert await tell(right, 4) == await tell(left, 3) == (len(stored), False)
+
+
 async def test_an_expired_key_is_raced_for_anew(database: str) -> None:
     """Keys whose time is over are free, once, for whoever comes first; in the log they do not stand in the way."""
     async with opened(database, idempotency_ttl_ms=1_000) as left, opened(database, idempotency_ttl_ms=1_000) as right:
@@ -496,6 +550,49 @@ async def test_a_guess_from_old_knowledge_is_no_slot_of_the_past(database: str) 
         assert await say(other, "a", "7", at_ms=after_ms + int(TRUST_S * 1000) + 1) == [7]
 
 
+async def test_a_lost_slot_is_looked_at_once(database: str) -> None:
+    """Whoever finds its slot taken learns the top by one read, however many came between, and takes the next."""
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        assert await say(left, "a", "1") == [1]
+        for behind in (1, LOOKED_AT - 1, LOOKED_AT, 2 * LOOKED_AT):
+            top = (await right.tops("a"))["a"].offset
+            for n in range(behind):
+                await say(right, "a", str(n))
+            with queries(database) as asked:
+                assert await say(left, "a", "left") == [top + behind + 1]
+            assert len(asked) == (1 if behind < LOOKED_AT else 5)
+        assert (await everything(right, "a")).top.offset == 1 + 4 * LOOKED_AT + 4
+
+
+async def test_a_guess_that_lapses_on_its_way(database: str) -> None:
+    """Its slot was taken, and by the time that this is known nothing may be guessed any more: it is looked up."""
+    async with opened(database) as left, opened(database) as right:
+        await say(left, "a", "1")
+        await say(right, "a", "2")
+        guessed = asyncio.ensure_future(left.append("a", Draft(b"3"), FOREVER, NOW))
+        await asyncio.sleep(0)  # it is queued
+        await asyncio.sleep(0)  # and composed, from what was known
+        later = left.append("b", Draft(b""), FOREVER, NOW + int(TRUST_S * 1000) + 1)
+        assert [each.position.offset for each in await asyncio.gather(guessed, later)] == [3, 1]
+
+
+async def test_a_lost_slot_in_a_life_that_is_over(database: str) -> None:
+    """What took the slot may be the end of the life, with the next one behind it: the position is of the new life."""
+    fades = Retention(-1, 1, 1)
+    async with opened(database) as left, opened(database, driver="pymongo") as right:
+        for count in (1, 3, LOOKED_AT + 1):
+            old = (await left.append("a", Draft(b""), FOREVER, NOW)).position
+            await right.sweep(lambda channel: fades, NOW + 10)
+            for n in range(1, count + 1):
+                new = (await right.append("a", Draft(b""), FOREVER, NOW)).position
+                assert (new.offset, new.epoch != old.epoch) == (n, True)
+            lost = await left.append("a", Draft(b"", key="k"), FOREVER, NOW)
+            assert lost == Appended(Position(count + 1, new.epoch))
+            page = await everything(right, "a")
+            assert page.top == lost.position
+            await left.sweep(lambda channel: fades, NOW + 10)
+
+
 async def test_a_forgotten_channel_leaves_nothing(database: str) -> None:
     """In the end a channel past its meta TTL has no document left, neither of its publications nor of its keys."""
     fades = Retention(-1, 1, 1)
@@ -557,6 +654,47 @@ async def test_tops_of_thousands_cost_one_query(database: str, log: ExpectedLog)
         assert len(asked) <= 3
 
 
+async def test_tops_after_a_long_silence_cost_three_queries(database: str) -> None:
+    """Whatever was known long ago is compared again in one go: news, a floor that rose past it, another life."""
+    names = [f"channel {n}" for n in range(2_000)]
+    later_ms = NOW + GUARD_MS + 60_000
+    async with opened(database) as history, opened(database) as other:
+        first = await asyncio.gather(*(history.append(name, Draft(b""), FOREVER, NOW) for name in names))
+        with queries(database) as asked:
+            # Somebody gives a time by which all that was known has lapsed.
+            await history.read(names[0], FOREVER, later_ms, limit=0)
+            assert await history.tops(names) == {name: each.position for name, each in zip(names, first, strict=True)}
+        assert len(asked) <= 6  # three of them are the read's
+        await say(other, names[3], "news", at_ms=later_ms)
+        await say(other, names[4], "2", "3", at_ms=NOW)
+        await say(other, names[4], "4", at_ms=NOW)
+        await say(other, names[5], "2", at_ms=NOW)
+        sweeps = {names[4]: Retention(1, -1, -1), names[5]: Retention(-1, 1, 1)}
+        for at_ms in (later_ms, later_ms + GUARD_MS + 1):
+            await say(other, names[3], "so that the sweep comes by", at_ms=at_ms)
+            await other.sweep(sweeps.get, at_ms)
+        begun = (await other.append(names[5], Draft(b""), FOREVER, later_ms)).position
+        with inside(database) as seen:
+            assert seen["log"].count_documents({"_id.channel": names[4]}) == 1
+        await history.read(names[0], FOREVER, later_ms + 2 * GUARD_MS, limit=0)
+        tops = await history.tops(names)
+        assert [tops[name].offset for name in names[2:5]] == [1, 4, 4]
+        assert tops[names[5]] == begun
+        assert (begun.offset, begun.epoch != first[5].position.epoch) == (1, True)
+
+
+async def test_a_sweep_reads_little_where_nothing_is_gone(database: str) -> None:
+    """However long a channel is, a few of its documents show that all of it is kept; once they are gone, more go."""
+    async with opened(database) as history:
+        for n in range(60):
+            await say(history, "a", str(n), at_ms=NOW + n)
+        with queries(database) as asked:
+            await history.sweep(lambda channel: Retention(1_000, 1_000, 1_000), NOW + 500)
+        assert sum(each["nreturned"] for each in asked if each["ns"].endswith(".log")) < 10
+        await history.sweep(lambda channel: Retention(10, -1, -1), NOW + 500)
+        assert (await everything(history, "a")).floor == 50
+
+
 async def test_times_never_go_backwards_across_processes(database: str) -> None:
     """A process whose clock is behind gives its publications the time of the one before, whoever made that."""
     async with opened(database) as fast, opened(database) as slow:
@@ -601,6 +739,29 @@ async def test_remove_erases_at_once(database: str) -> None:
         assert (await history.append("a", Draft(b"", key="1"), FOREVER, NOW)).repeated
 
 
+async def test_a_channel_that_is_very_long_is_removed_bit_by_bit(database: str) -> None:
+    """It is empty at once; its payloads are erased in bounded steps, and the sweep does not break down over them."""
+    many = (ERASE_STEPS + 2) * ERASE_RECORDS
+    async with opened(database) as history, opened(database) as other:
+        await say(history, "a", "1")
+        documents = [
+            commit_document("a", slot, NOW, bytes(12), pack([(NOW, b"x", None)]), 1, []) for slot in range(2, many + 1)
+        ]
+        with inside(database) as seen:
+            seen["log"].insert_many(documents)
+            await history.remove("a")
+            page = await history.read("a", FOREVER, NOW)
+            assert (page.publications, page.floor) == ([], many)
+            left = seen["log"].count_documents({"pubs": {"$exists": True}})
+            assert left == 2 * ERASE_RECORDS
+            while left:
+                await history.sweep(lambda channel: FOREVER, NOW)
+                before, left = left, seen["log"].count_documents({"pubs": {"$exists": True}})
+                assert left >= before - ERASE_RECORDS
+                assert left < before
+        assert await say(other, "a", "after") == [many + 1]
+
+
 # --- what is not ours ----------------------------------------------------------------
 
 
@@ -641,6 +802,22 @@ async def test_a_slot_that_a_stranger_holds_costs_its_channel_alone(database: st
             assert len((await everything(history, "a")).publications) == 1
             seen["log"].delete_one({"junk": True})
         assert (await retried(history, "a", Draft(b"3"))).position.offset in (2, 3)
+
+
+async def test_a_channel_that_a_stranger_holds_costs_its_publishers_alone(database: str, log: ExpectedLog) -> None:
+    """A document of ``channels`` that is not ours, and a lie about a top: those who are looked at with it go on."""
+    log.expect("history.document_skipped", "history.commit_failed")
+    async with opened(database, publish_timeout="2s") as history, opened(database) as other:
+        elsewhere = (await other.append("lied about", Draft(b""), FOREVER, NOW)).position
+        with inside(database) as seen:
+            seen["channels"].insert_one({"_id": "theirs", "epoch": 5})
+        history.heard("lied about", Position(9, elsewhere.epoch))
+        outcomes = await asyncio.gather(
+            *(history.append(name, Draft(b""), FOREVER, NOW) for name in ("a", "theirs", "lied about", "b")),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes] == [Appended, Unavailable, Unavailable, Appended]
+        assert await say(history, "c", "1") == [1]
 
 
 async def test_a_listener_that_raises_costs_nobody_an_answer(database: str, log: ExpectedLog) -> None:
@@ -875,7 +1052,30 @@ async def test_a_missing_index_is_made(database: str) -> None:
     with inside(database) as seen:
         seen["log"].drop_index("keys")
         async with opened(database):
-            assert set(seen["log"].index_information()) == {"_id_", "keys", "due"}
+            assert set(seen["log"].index_information()) == {"_id_", "keys", "due", "versions"}
+
+
+async def test_a_database_of_the_format_before(database: str) -> None:
+    """It is adopted as it is; the index that it lacks may take longer than ``open`` does, and is made all the same."""
+    async with opened(database) as history:
+        await say(history, "a", "1", "2")
+    primary = shared_set().primary()
+    with inside(database) as seen:
+        seen["log"].drop_index("versions")
+        seen["meta"].update_one({"_id": "format"}, {"$set": {"version": 1}})
+        primary.command({"configureFailPoint": "hangAfterSettingUpIndexBuild", "mode": "alwaysOn"})
+        try:
+            said = await refusal({"url": shared_set().url, "database": database})
+        finally:
+            primary.command({"configureFailPoint": "hangAfterSettingUpIndexBuild", "mode": "off"})
+        assert said.startswith(f"mongo.database: the indexes of {database}.log are still being made")
+        async with opened(database) as history:
+            assert "versions" in seen["log"].index_information()
+            assert seen["meta"].find_one({"_id": "format"}) == {"_id": "format", "version": 2}
+            versioned = Draft(b"3", version=Version(1))
+            first = await history.append("a", versioned, FOREVER, NOW)
+            assert await history.append("a", versioned, FOREVER, NOW) == Appended(first.position, repeated=True)
+            assert first.position.offset == 3
 
 
 async def test_a_database_of_another_program_or_of_a_newer_server(database: str) -> None:

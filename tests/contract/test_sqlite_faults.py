@@ -18,10 +18,10 @@ import pytest
 from conftest import ExpectedLog
 
 from server.errors import Unavailable
-from server.history import Appended, Draft
+from server.history import Appended, Draft, Version
 from server.history.sqlite import SWEEP_ROWS, SqliteHistory
-from server.history.sqlite_file import SWITCH_S
-from server.stream import Page, Retention
+from server.history.sqlite_file import SCHEMA_VERSION, SWITCH_S
+from server.stream import Page, Position, Retention
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_800_000_000_000
@@ -331,12 +331,12 @@ def foreign_mark(db: sqlite3.Connection) -> None:
 def newer(db: sqlite3.Connection) -> None:
     """Ours, of a time to come."""
     db.execute(f"PRAGMA application_id={int.from_bytes(b'wspt', 'big')}")
-    db.execute("PRAGMA user_version=2")
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(foreign, "another program"), (foreign_mark, "another program"), (newer, "schema 2")],
+    [(foreign, "another program"), (foreign_mark, "another program"), (newer, f"schema {SCHEMA_VERSION + 1}")],
 )
 async def test_a_file_that_is_not_ours_is_refused_and_left_alone(
     make: Callable[[sqlite3.Connection], None], words: str, tmp_path: Path
@@ -350,6 +350,37 @@ async def test_a_file_that_is_not_ours_is_refused_and_left_alone(
     assert str(path) in said
     assert words in said
     assert path.read_bytes() == before
+
+
+OLD_SCHEMA = """
+CREATE TABLE channels (id INTEGER PRIMARY KEY, name TEXT UNIQUE, epoch TEXT NOT NULL, top INTEGER NOT NULL,
+    floor INTEGER NOT NULL, used_ms INTEGER NOT NULL);
+CREATE TABLE publications (channel INTEGER NOT NULL, offset INTEGER NOT NULL, time_ms INTEGER NOT NULL,
+    data BLOB NOT NULL, extra BLOB, PRIMARY KEY (channel, offset)) WITHOUT ROWID;
+CREATE TABLE keys (channel INTEGER NOT NULL, key TEXT NOT NULL, offset INTEGER NOT NULL, epoch TEXT NOT NULL,
+    expires_ms INTEGER NOT NULL, PRIMARY KEY (channel, key)) WITHOUT ROWID;
+CREATE INDEX keys_by_expiry ON keys (expires_ms);
+INSERT INTO channels VALUES (1, 'a', 'epoch', 2, 0, 1800000000000);
+INSERT INTO publications VALUES (1, 1, 1800000000000, x'31', NULL), (1, 2, 1800000000000, x'32', NULL);
+INSERT INTO keys VALUES (1, 'k', 2, 'epoch', 1900000000000);
+"""
+
+
+async def test_a_file_of_an_older_schema_goes_on(tmp_path: Path) -> None:
+    """What schema 1 holds is all there, and versions are kept from then on."""
+    path = tmp_path / "h.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(OLD_SCHEMA)
+        db.execute(f"PRAGMA application_id={int.from_bytes(b'wspt', 'big')}")
+        db.execute("PRAGMA user_version=1")
+    versioned = Draft(b"3", version=Version(1, "x"))
+    for turn in range(2):
+        async with opened(path) as history:
+            again = await history.append("a", Draft(b"", key="k"), FOREVER, NOW)
+            assert again == Appended(Position(2, "epoch"), repeated=True)
+            assert await history.append("a", versioned, FOREVER, NOW) == Appended(Position(3, "epoch"), turn == 1)
+            page = await history.read("a", FOREVER, NOW)
+            assert [each.data for each in page.publications] == [b"1", b"2", b"3"]
 
 
 async def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
