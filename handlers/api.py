@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from handlers.base import JsonHandler
+from server.audit import Author
 from server.backend import BATCH_BYTES, COMMANDS, METHODS, SLICE, Backend, Error, Failed, encode
 from server.errors import (
     BAD_REQUEST,
@@ -58,10 +59,13 @@ _space = re.compile("[ \\t\\r\\n]*")
 class BackendHandler(JsonHandler):
     """What both forms share: the key, and what is no call at all."""
 
-    def initialize(self, node: Node, settings: HttpApiSettings) -> None:
-        """``node`` is what is called; ``settings`` has the key."""
+    def initialize(self, node: Node) -> None:
+        """``node`` is what is called; its settings have the key."""
         self._node = node
-        self._settings = settings
+
+    @property
+    def _settings(self) -> HttpApiSettings:
+        return self._node.settings.http_api
 
     def prepare(self) -> None:
         """401 with an empty body to whom the key is not known; PROTOCOL 15.1."""
@@ -80,6 +84,11 @@ class BackendHandler(JsonHandler):
             key = rest.strip() if scheme.lower() == "apikey" else self.get_query_argument("api_key", "")
         expected = self._settings.key
         return bool(expected) and hmac.compare_digest(key.encode(errors="surrogateescape"), expected.encode())
+
+    @property
+    def _author(self) -> Author:
+        """Who calls, for the log; PROTOCOL 15.1.7."""
+        return Author("anybody" if self._settings.insecure else "key", self.request.remote_ip or "")
 
     def write_error(self, status_code: int, **kwargs: object) -> None:
         """See ``JsonHandler.write_error``."""
@@ -103,7 +112,7 @@ class ApiHandler(BackendHandler):
             self.answer({"error": {"code": 404, "message": "no such method"}}, 404)
             return
         try:
-            result = await Backend(self._node).call(method, self.request.body)
+            result = await Backend(self._node, self._author).call(method, self.request.body)
         except Failed as failed:
             if self._transport_mode:
                 self.answer(encode(failed.error), STATUS.get(failed.error.code, 400))
@@ -140,7 +149,7 @@ class LinesHandler(BackendHandler):
         if not 0 < len(lines) <= COMMANDS:
             self.no_json(f"expected 1 to {COMMANDS} commands, got {'none' if not lines else 'more'}")
             return
-        backend = Backend(self._node)
+        backend = Backend(self._node, self._author)
         answers: list[bytes] = []
         size = 0
         for line in lines:

@@ -3,6 +3,7 @@
 PROTOCOL 17.1.
 """
 
+import time
 from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, ClassVar
@@ -12,13 +13,13 @@ import msgspec
 from handlers.cors import CorsHandler
 from handlers.openapi import Parameter
 from handlers.problems import NAYS, Problem, problem_of
+from handlers.refusals import Refusals
 from handlers.socket import Connect, Sockets
 from handlers.stream_outbox import EVENTS, Framing, Wires
 from server.callers import Caller
 from server.errors import BAD_REQUEST, INTERNAL, INVALID_TOKEN, METHOD_NOT_FOUND, PERMISSION_DENIED
 from server.following import CODEC
 from server.node import Node
-from server.observe import event
 from server.outbox import Request
 from server.polling import Poll, Tops
 from server.session import Gate
@@ -60,6 +61,7 @@ class Rest:
         client = node.settings.client
         self.node = node
         self.clients = clients
+        self.refusals = Refusals(time.monotonic)
         self.tops = Tops(node)
         self.waiting: Counter[str] = Counter()
         """How many polls each user, or address, has waiting."""
@@ -132,10 +134,17 @@ class RestHandler(CorsHandler):
 
     def refuse(self, problem: Problem) -> None:
         """Answer with a problem document."""
-        client = self.caller.client if self.caller is not None else ""
-        event("command.refused", client=client, method="rest", code=problem.code, why=problem.why)
+        self.note_refusal(problem)
         self.set_problem(problem)
         self.finish()
+
+    def note_refusal(self, problem: Problem) -> None:
+        """Count it, and tell the log."""
+        client = self.caller.client if self.caller is not None else ""
+        self.rest.node.counts.refused(problem.code, problem.why)
+        self.rest.refusals.say(
+            "command.refused", self.address, problem.code, client=client, method="rest", why=problem.why
+        )
 
     def set_problem(self, problem: Problem) -> None:
         """Make a problem document the answer."""

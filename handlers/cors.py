@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from handlers.base import JsonHandler
-from handlers.socket import Network, client_address, origin_allowed
+from handlers.origins import Network, client_address, origin_allowed
 
 PREFLIGHT_S = 300
 """How long a browser may remember what it was allowed (PROTOCOL 2.2)."""

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from handlers.asking import EVENT_TEXT, Rest, RestHandler
+from handlers.cors import from_elsewhere
 from handlers.openapi import Parameter
 from handlers.problems import Problem
 from handlers.publications import NAME, SINCE
 from handlers.stream_outbox import open_stream
 from server import cursors
-from server.errors import BAD_REQUEST, CONNECTION_CLOSED, TOO_MANY_REQUESTS, Disconnected
+from server.errors import BAD_REQUEST, CONNECTION_CLOSED, PERMISSION_DENIED, TOO_MANY_REQUESTS, Disconnected
 from server.following import EventOutbox, Follower, Reader
-from server.observe import event
 from server.stream import Position
 
 CHANNELS = Parameter(
@@ -79,10 +79,16 @@ class EventsHandler(RestHandler):
     async def _listen(self, channels: Sequence[str]) -> None:
         since = self._positions(channels)
         token = self.one(TOKEN) or self.token()
-        refusal = self.rest.clients.refusal()
+        if not token and from_elsewhere(self.request.headers):
+            # Whoever a cookie may be would be present, counted and asked about, and would not know it: PROTOCOL 17.3.9.
+            detail = "An image or a link of another site begins no stream."
+            raise Problem(403, PERMISSION_DENIED.code, detail=detail)
+        refusal = self.rest.clients.refusal(self.address)
         if refusal is not None:
-            event("connection.refused", why=refusal, origin=self.request.headers.get("Origin"), address=self.address)
-            raise Problem(503, TOO_MANY_REQUESTS.code, TOO_MANY_REQUESTS.message, "Too many connections.", why=refusal)
+            code, origin = TOO_MANY_REQUESTS.code, self.request.headers.get("Origin")
+            self.rest.refusals.say("connection.refused", self.address, code, why=refusal, origin=origin)
+            # The door has counted the setting and the line before has named it.
+            raise Problem(503, code, TOO_MANY_REQUESTS.message, "Too many connections.", why="turned away")
         events = EventOutbox(Reader(channels))
         follower = self._follower = Follower(self.rest.node, self.rest.clients.gate, events, self.asking("events"))
         try:

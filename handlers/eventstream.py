@@ -13,11 +13,11 @@ from tornado.httputil import HTTPServerRequest
 
 from handlers.bodies import BodyHandler
 from handlers.emulation import Emulated
-from handlers.socket import HandshakeHandler, Sockets, SocketWire
+from handlers.handshake import Handshakes, TurnedAway, shake_hands
+from handlers.socket import Sockets, SocketWire
 from handlers.stream_outbox import EVENTS, LENGTHS, LINES, StreamOutbox, Wires, open_stream
 from server.errors import Disconnected
 from server.node import Node
-from server.observe import event
 from server.outbox import Outbox, Request
 from server.protocol import JSON, ONE_WAY, PROTOBUF, Command
 from server.session import Session
@@ -42,6 +42,7 @@ class Streams:
         self.one_way_json = Wires.of(LINES, ONE_WAY, **limits)
         self.one_way_events = Wires.of(EVENTS, ONE_WAY, **limits)
         self.one_way_socket = SocketWire(ONE_WAY, **limits)
+        self.one_way_socket.note_too_big = lambda: sockets.note_limit("uni_websocket.message_size_limit")
         for wires in (self.json, self.protobuf, self.events, self.one_way_json, self.one_way_events):
             sockets.watch(*wires)
         sockets.watch(self.one_way_socket)
@@ -71,10 +72,10 @@ class StreamHandler(BodyHandler):
     async def _open(self, wires: Wires) -> tuple[StreamOutbox, Session] | None:
         """Begin to stream to a new session; ``None`` if the door is shut (503), or the client gone."""
         sockets, address = self.sockets, self.address
-        refusal = sockets.refusal()
+        refusal = sockets.refusal(address)
         if refusal is not None:
             origin = self.request.headers.get("Origin")
-            event("connection.refused", why=refusal, origin=origin, address=address)
+            sockets.refusals.say("connection.refused", address, 503, why=refusal, origin=origin)
             self.refuse(503, "too many connections, try again later")
             return None
         request = Request(
@@ -221,45 +222,46 @@ class OnlyFirst:
         """See ``handlers.socket.Session``."""
         self._session.slow()
 
+    def native_ping(self) -> None:
+        """See ``handlers.socket.Session``."""
+        self._session.native_ping()
+
     def native_pong(self) -> None:
         """See ``handlers.socket.Session``."""
         self._session.native_pong()
 
 
-class OneWaySocketHandler(HandshakeHandler):
+class OneWayHandshakes(Handshakes):
     """``/connection/uni_websocket``: the request is ``cf_connect``, or else the first message; PROTOCOL 2.6."""
 
-    def initialize(self, streams: Streams, message_size_limit: int) -> None:
-        """``streams`` are this process's; ``message_size_limit`` is in bytes."""
-        self.sockets = streams.sockets
-        self.streams = streams
-        self.message_size_limit = message_size_limit
+    def __init__(self, streams: Streams, message_size_limit: int) -> None:
+        super().__init__(streams.sockets)
+        self._streams = streams
+        self._message_size_limit = message_size_limit
 
-    async def get(self) -> None:
-        """Shake hands, or answer 400, 403, 426 or 503 with the reason."""
-        asked = _asked(self.request)
+    def welcome(self, request: HTTPServerRequest) -> None:
+        """See ``Handshakes.welcome``."""
+        asked = _asked(request)
         commands = None
         if asked is not None:
             try:
                 commands = ONE_WAY.decode(asked)
             except Disconnected as end:
-                self.refuse(400, end.why)
-                return
-        if self.turned_away():
-            return
-        request = Request(
+                raise TurnedAway(400, end.why) from None
+        self.check(request)
+        asking = Request(
             transport="uni_websocket",
             format="json",
-            remote_addr=self.address,
-            headers=self.sockets.wanted(self.request.headers),
+            remote_addr=self.address(request),
+            headers=self.sockets.wanted(request.headers),
             native_pings=True,
             secret=str(uuid.uuid4()),
         )
-        taken = await self.shake_hands()
+        taken = shake_hands(request, {})
         if taken is None:
             return
-        outbox = self.sockets.outbox(*taken, self.streams.one_way_socket, self.message_size_limit)
-        session = self.streams.session(outbox, request)
+        outbox = self.sockets.outbox(*taken, self._streams.one_way_socket, self._message_size_limit)
+        session = self._streams.session(outbox, asking)
         if session is None:
             return
         outbox.start(OnlyFirst(session, deaf=commands is not None))

@@ -22,6 +22,8 @@ import struct
 import msgspec
 from tornado.util import _websocket_mask
 
+from handlers.deflate import inflate
+
 TEXT = 0x1
 BINARY = 0x2
 CLOSE = 0x8
@@ -30,11 +32,14 @@ PONG = 0xA
 
 FIN = 0x80
 RESERVED = 0x70
+COMPRESSED = 0x40
 FIN_TEXT = FIN | TEXT
 MASKED = 0x80
 LENGTH_16 = 126
 LENGTH_64 = 127
 CONTROL_BYTES = 125
+
+MANY = 2**31
 
 PROTOCOL_ERROR = 1002
 INVALID_PAYLOAD = 1007
@@ -79,19 +84,22 @@ class Violation(Exception):
 class Parser:
     """Turns the bytes of one client into events; see the module's docstring.
 
-    ``limit`` is the number of payload bytes that a message may have.
+    ``limit`` is the number of bytes that a message may have, as it comes and,
+    where it is compressed, as it is.  ``compression`` was agreed on or not.
     """
 
-    __slots__ = ("_at", "_data", "_deaf", "_limit", "_message", "_need", "_partial", "_text")
+    __slots__ = ("_at", "_compression", "_data", "_deaf", "_first", "_limit", "_message", "_need", "_partial")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, compression: bool = False) -> None:
         self._limit = limit
+        self._compression = compression
         self._data = b""
         self._at = 0
         self._partial: bytearray | None = None
         self._need = 0
         self._message: bytearray | None = None
-        self._text = False
+        self._first = 0
+        """Of the unfinished message: what its first fragment says of it."""
         self._deaf = False
 
     @property
@@ -118,8 +126,36 @@ class Parser:
             self._data = data
             self._at = 0
 
-    def next_event(self) -> Event | None:
-        """Give what comes next, or ``None`` when more bytes are needed for that.
+    def sole_text(self, data: bytes) -> bytes | None:
+        """The message, if ``data`` is one whole text frame below 64 KB, and nothing before it is left; else ``None``.
+
+        A short way for what most reads bring.  Whatever else came is to be fed as
+        it is; nothing is judged or kept here.
+        """
+        have = len(data)
+        if have < 6 or data[0] != FIN_TEXT or self._data or self._partial is not None or self._message is not None:
+            return None
+        size = data[1] - MASKED
+        head = 2
+        if size == LENGTH_16:
+            size = data[2] << 8 | data[3]
+            head = 4
+            if size < LENGTH_16:
+                return None
+        elif not 0 <= size < LENGTH_16:
+            return None
+        if head + 4 + size != have or size > self._limit or self._deaf:
+            return None
+        payload = _websocket_mask(data[head : head + 4], data[head + 4 :])
+        return payload if payload.isascii() else None
+
+    @property
+    def unread(self) -> bool:
+        """Is there anything that ``next_event`` has not looked at?"""
+        return self._at < len(self._data)
+
+    def next_event(self, fragments: int = MANY) -> Event | None:
+        """Give what comes next, or ``None`` when more bytes are needed for that, or after so many ``fragments``.
 
         Raises ``Violation``.
         """
@@ -162,6 +198,9 @@ class Parser:
             event = self._event(first, payload)
             if event is not None:
                 return event
+            fragments -= 1
+            if not fragments:
+                return None
 
     def _wait_for(self, need: int) -> None:
         """Keep what is left, at most a frame of which ``need`` bytes are wanted before it is looked at again."""
@@ -174,8 +213,8 @@ class Parser:
     def _check_header(self, first: int, size: int) -> None:
         """Judge the two bytes that every frame has; ``size`` is the second one less the mask bit (RFC 6455 5.2)."""
         opcode = first & 0x0F
-        if first & RESERVED:
-            raise self._violation(PROTOCOL_ERROR, "reserved bits are set, no extension was negotiated")
+        if first & RESERVED and not (self._compression and first & RESERVED == COMPRESSED and opcode in (TEXT, BINARY)):
+            raise self._violation(PROTOCOL_ERROR, "reserved bits are set that mean nothing here")  # and RFC 7692 6.1
         if size < 0:
             raise self._violation(PROTOCOL_ERROR, "frame of a client is not masked")  # 5.1
         if opcode & 0x8:
@@ -209,10 +248,10 @@ class Parser:
         if opcode == CLOSE:
             return self._close(payload)
         if first & FIN and opcode:
-            return payload  # binary; a text that stands alone does not come here
+            return self._whole(first, payload)
         if opcode:
             self._message = bytearray(payload)
-            self._text = opcode == TEXT
+            self._first = first
             return None
         assert self._message is not None
         self._message += payload
@@ -222,7 +261,19 @@ class Parser:
         # limit keeps small what an invalid message can cost.
         message = bytes(self._message)
         self._message = None
-        return self._utf8(message) if self._text else message
+        return self._whole(self._first, message)
+
+    def _whole(self, first: int, payload: bytes) -> bytes:
+        """The message of a payload that is all there; ``first`` is the first byte of its first frame."""
+        if first & COMPRESSED:
+            try:
+                message = inflate(payload, self._limit)
+            except ValueError:
+                raise self._violation(INVALID_PAYLOAD, "compressed message is no DEFLATE") from None
+            if message is None:
+                raise self._violation(MESSAGE_TOO_BIG, f"compressed message above {self._limit} bytes")
+            payload = message
+        return self._utf8(payload) if first & 0x0F == TEXT else payload
 
     def _utf8(self, payload: bytes) -> bytes:
         """Let only UTF-8 pass (RFC 6455 8.1)."""
@@ -247,6 +298,10 @@ class Parser:
         self._shut()
         return Close(code, reason)
 
+    def stop(self) -> None:
+        """Go deaf: what comes from now on, and what was not asked for yet, is dropped unread."""
+        self._shut()
+
     def _violation(self, code: int, reason: str) -> Violation:
         """Go deaf, and give what to raise."""
         self._shut()
@@ -265,23 +320,28 @@ def is_close_code(code: int) -> bool:
     return 3000 <= code < 5000 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))
 
 
-def _frame(opcode: int, payload: bytes) -> bytes:
+def message_frame(opcode: int, payload: bytes) -> bytes:
+    """A whole frame with this opcode, and with ``COMPRESSED`` as well where ``payload`` is."""
     size = len(payload)
     if size < LENGTH_16:
         return bytes((FIN | opcode, size)) + payload
     if size < 0x10000:
-        return struct.pack("!BBH", FIN | opcode, LENGTH_16, size) + payload
-    return struct.pack("!BBQ", FIN | opcode, LENGTH_64, size) + payload
+        return _HEAD_16(FIN | opcode, LENGTH_16, size) + payload
+    return _HEAD_64(FIN | opcode, LENGTH_64, size) + payload
+
+
+_HEAD_16 = struct.Struct("!BBH").pack
+_HEAD_64 = struct.Struct("!BBQ").pack
 
 
 def text_frame(payload: bytes) -> bytes:
     """A whole text message; ``payload`` must be UTF-8, which is not looked at here."""
-    return _frame(TEXT, payload)
+    return message_frame(TEXT, payload)
 
 
 def binary_frame(payload: bytes) -> bytes:
     """A whole binary message."""
-    return _frame(BINARY, payload)
+    return message_frame(BINARY, payload)
 
 
 def ping_frame(data: bytes = b"") -> bytes:
@@ -303,7 +363,7 @@ def close_frame(code: int | None = None, reason: str = "") -> bytes:
     if code is None:
         if reason:
             raise ValueError(f"a reason needs a close code, got only {reason!r}")
-        return _frame(CLOSE, b"")
+        return message_frame(CLOSE, b"")
     if not is_close_code(code):
         raise ValueError(f"expected a close code that may be sent, got {code}")
     return _control_frame(CLOSE, code.to_bytes(2, "big") + reason.encode())
@@ -312,7 +372,7 @@ def close_frame(code: int | None = None, reason: str = "") -> bytes:
 def _control_frame(opcode: int, payload: bytes) -> bytes:
     if len(payload) > CONTROL_BYTES:
         raise ValueError(f"a control frame carries at most {CONTROL_BYTES} bytes, got {len(payload)}")
-    return _frame(opcode, payload)
+    return message_frame(opcode, payload)
 
 
 def frame_around(frames: bytes | bytearray, at: int) -> tuple[int, int]:

@@ -3,15 +3,18 @@
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from handlers.cors import CorsHandler
-from handlers.socket import Network
-from server.guests import Buckets, Guests
+from handlers.origins import Network
+from handlers.refusals import Refusals
+from server.guests import Guests
+from server.limits import Buckets
 from server.node import Node
 from server.observe import event
+from server.settings import Settings
 
 BODY_BYTES = 16_384
 """A name and a former token need a few hundred bytes."""
@@ -28,12 +31,20 @@ class Reception:
     """What all requests for a session share."""
 
     def __init__(self, node: Node, trusted_proxies: Sequence[Network]) -> None:
-        settings = node.settings
         self.node = node
-        self.guests = Guests(settings, lambda: secrets.token_hex(12))
-        self.buckets = Buckets(settings.guests.rate_limit)
-        self.allowed_origins = settings.client.allowed_origins
+        self._make(node.settings)()
+        node.renewals.append(self._make)
         self.trusted_proxies = trusted_proxies
+        self.refusals = Refusals(time.monotonic)
+
+    def _make(self, settings: Settings) -> Callable[[], None]:
+        """See ``Node.renewals``."""
+        guests, buckets = Guests(settings, lambda: secrets.token_hex(12)), Buckets(settings.guests.rate_limit)
+
+        def commit() -> None:
+            self.guests, self.buckets = guests, buckets
+
+        return commit
 
 
 class SessionHandler(CorsHandler):
@@ -49,7 +60,7 @@ class SessionHandler(CorsHandler):
     def prepare(self) -> None:
         """403 to pages of other origins; to the others, leave to read whatever the answer is."""
         self.set_header("Cache-Control", "no-store")
-        if not self.allow_origin(self._reception.allowed_origins):
+        if not self.allow_origin(self._reception.node.settings.client.allowed_origins):
             self._refuse(403, "this origin may not have guests; look at client.allowed_origins")
 
     def options(self) -> None:
@@ -62,6 +73,7 @@ class SessionHandler(CorsHandler):
         wait_s = reception.buckets.take(self._address(), time.monotonic())
         if wait_s:
             self.set_header("Retry-After", str(math.ceil(wait_s)))
+            reception.node.counts.note_why("guests.rate_limit")
             self._refuse(429, f"too many guests from this address, try again in {math.ceil(wait_s)} s")
             return
         body = self.request.body
@@ -85,5 +97,5 @@ class SessionHandler(CorsHandler):
         return self.address_behind(self._reception.trusted_proxies)
 
     def _refuse(self, status: int, why: str) -> None:
-        event("guest.refused", address=self._address(), status=status, why=why)
+        self._reception.refusals.say("guest.refused", self._address(), status, why=why)
         self.answer({"error": {"code": status, "message": why}}, status)

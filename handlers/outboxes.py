@@ -76,6 +76,10 @@ class State(Enum):
     CLOSED = "closed"
 
 
+OPEN = State.OPEN
+"""Asked for with each frame, and an Enum takes six times as long to look into as a module (Python 3.11)."""
+
+
 class Backlog:
     """What a socket has not taken: ``data`` begins with a frame, of which ``sent`` bytes or more are out.
 
@@ -134,6 +138,10 @@ class BareWire(Wire):
         self.loop = asyncio.get_running_loop()
         self.backlogged: set[BareOutbox] = set()
         self.closing: dict[BareOutbox, float] = {}
+        self.goodbye_timeout_s = CLOSE_TIMEOUT_S
+        """How long the peer may take over our goodbye, once that is out."""
+        self.owed_timeout_s = max(CLOSE_TIMEOUT_S, stall_timeout_s)
+        """How long it may take over what stands before the goodbye."""
         self._dirty: list[BareOutbox] = []
 
     @property
@@ -177,6 +185,11 @@ class BareWire(Wire):
         for outbox in [outbox for outbox, deadline in self.closing.items() if now >= deadline]:
             outbox._abort()
 
+    def hasten(self, seconds: float) -> None:
+        """From now on no goodbye takes longer than so many seconds, what is owed before it included."""
+        self.goodbye_timeout_s = min(self.goodbye_timeout_s, seconds)
+        self.owed_timeout_s = min(self.owed_timeout_s, seconds)
+
     def _mark(self, outbox: "BareOutbox") -> None:
         """Let ``outbox`` flush at the end of this loop turn."""
         if not self._dirty:
@@ -184,9 +197,32 @@ class BareWire(Wire):
         self._dirty.append(outbox)
 
     def _flush_dirty(self) -> None:
+        """End the loop turn: what each outbox was sent leaves, for most of them in the one system call it takes.
+
+        This is ``flush`` without its five calls: 0.45 µs of the 7.5 of a delivery in a room of five.
+        """
         dirty, self._dirty = self._dirty, []
+        write = os.write
         for outbox in dirty:
-            outbox.flush()
+            pending = outbox._pending
+            if pending is None:
+                continue
+            if outbox._backlog is not None or not outbox._plain:
+                outbox.flush()
+                continue
+            outbox._pending = None  # what is pending is pending while the state is ``OPEN`` only
+            data = pending[0] if len(pending) == 1 else b"".join(pending)
+            try:
+                sent = write(outbox._fd, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                outbox._lose_soon()
+                continue
+            if sent == len(data):
+                outbox._direct = outbox._fd
+            else:
+                outbox._keep(data, sent)
 
 
 class BareOutbox(Outbox):
@@ -243,7 +279,7 @@ class BareOutbox(Outbox):
         """See ``Outbox.send``."""
         if self._pending is not None:
             self._pending.append(frame)
-        elif self._state is State.OPEN:
+        elif self._state is OPEN:
             self._pending = [frame]
             self._direct = -1
             self.wire._mark(self)
@@ -431,7 +467,7 @@ class BareOutbox(Outbox):
         slow = self._state is State.SLOW
         self._state = state
         self._direct = -1
-        allowed_s = CLOSE_TIMEOUT_S if slow else max(CLOSE_TIMEOUT_S, self.wire.stall_timeout_s)
+        allowed_s = self.wire.goodbye_timeout_s if slow else self.wire.owed_timeout_s
         self.wire.closing[self] = self.wire.loop.time() + allowed_s
         try:
             self._push(self._joined(goodbye))
@@ -446,7 +482,7 @@ class BareOutbox(Outbox):
 
     def _half_close(self) -> None:
         """Say by the socket itself that this was all, and give the peer a moment to take it."""
-        self.wire.closing[self] = self.wire.loop.time() + CLOSE_TIMEOUT_S
+        self.wire.closing[self] = self.wire.loop.time() + self.wire.goodbye_timeout_s
         self._end_writing()
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)

@@ -14,6 +14,7 @@ from server.errors import (
     CONNECTION_EXPIRED,
     CONNECTION_LIMIT,
     EXPIRED,
+    FORBIDDEN,
     INTERNAL,
     INVALID_TOKEN,
     LIMIT_EXCEEDED,
@@ -64,10 +65,11 @@ WORDS = {
     NOT_AVAILABLE.code: "This channel's namespace has no such thing, or cannot say it in JSON.",
     TOKEN_EXPIRED.code: "Get another token and try again.",
     EXPIRED.code: "The token's expire_at is past.",
-    TOO_MANY_REQUESTS.code: "Too much of it waits already; nothing was done.",
+    TOO_MANY_REQUESTS.code: "Too much waits already, or comes too fast; nothing was done.",
     UNRECOVERABLE_POSITION.code: "What follows this position is no longer kept. Reload, and go on from the new one.",
     SHUTDOWN.code: "The server is going away; come back.",
     INVALID_TOKEN.code: "The token is not one that this server trusts.",
+    FORBIDDEN.code: "This user may not be here.",
     CONNECTION_LIMIT.code: "This user has as many connections as one may have.",
 }
 

@@ -22,8 +22,7 @@ from handlers.problems import Problem
 from server import cursors, protocol
 from server.channels import Namespace
 from server.errors import BAD_REQUEST, CONNECTION_CLOSED, CONNECTION_LIMIT, TOO_MANY_REQUESTS, Disconnected
-from server.hub import express
-from server.observe import event
+from server.manners import express
 from server.polling import LONGEST_S, Gone, Poll
 from server.stream import Page, Position, Publication, catch_up
 
@@ -198,7 +197,7 @@ class PublicationsHandler(RestHandler):
         self._refused = True
         self._received.clear()
         self._set_alarm(LINGER_S, self._stop_listening)
-        event("command.refused", client="", method="rest", code=problem.code, why=problem.why)
+        self.note_refusal(problem)
         self.request.headers.pop("Expect", None)  # or Tornado would tell it to go on (RFC 9110 10.1.1)
         body = msgspec.json.encode(problem.body)
         self.set_problem(problem)
@@ -289,7 +288,7 @@ class PublicationsHandler(RestHandler):
         if top is not None and (since is None or since == top) and (self._unchanged(top) or (since and not reverse)):
             return Read((), top, top)
         node, asked_at = self.rest.node, self.rest.node.clock()
-        page = await node.read(
+        page = await node.pages.read(
             channel,
             namespace,
             since=None if since is None else since.offset,

@@ -100,18 +100,20 @@ class Server:
         tags: dict[str, str] | None = None,
         user: str = "",
         conn_info: Any = UNSET,
+        delta: bool = False,
     ) -> Position:
         """Publish any value that JSON can hold; returns once it is durable, with its position (PROTOCOL 11.8).
 
         In a passing channel the position is ``Position(0, "")``.  ``key`` makes a
         repeat harmless; after ``Unavailable`` only a repeat with a key is safe.
-        ``user`` and ``conn_info`` say who others see as the publisher.  Raises
+        ``user`` and ``conn_info`` say who others see as the publisher; with
+        ``delta`` it goes as a patch to those who want one (PROTOCOL 12).  Raises
         ``ValueError`` for a value that JSON cannot hold.
         """
         namespace = self._known(channel)
         raw = data if namespace.binary and isinstance(data, bytes) else encoded(data)
         info = ClientInfo(user, "", encoded(conn_info)) if user or conn_info is not UNSET else None
-        draft = Draft(check_payload(raw, namespace), info=info, tags=tags, key=key)
+        draft = Draft(check_payload(raw, namespace), info=info, tags=tags, key=key, delta=delta)
         return (await self.node.publish(channel, namespace, draft)).position
 
     async def history(
@@ -127,7 +129,7 @@ class Server:
             raise Refused(NOT_AVAILABLE, f"{channel!r} keeps no history")
         if reverse and since is not None and not since.offset:
             raise Refused(BAD_REQUEST, "history in reverse from offset 0")
-        page = await self.node.read(
+        page = await self.node.pages.read(
             channel, namespace, since=None if since is None else since.offset, limit=limit, reverse=reverse
         )
         if since is not None and since.epoch and since.epoch != page.top.epoch:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from server import orders, protocol
+from server import audit, orders, protocol, user_blocks
 from server.auth import Override
 from server.channels import Namespace, check_payload
 from server.commands import history_page
@@ -36,7 +36,7 @@ from server.errors import (
     Unavailable,
 )
 from server.globs import matcher
-from server.history import Draft
+from server.history import HIGHEST_VERSION, Draft, Version
 from server.hooks import ending
 from server.node import Node
 from server.observe import event
@@ -81,7 +81,7 @@ class Channel(msgspec.Struct):
 
 
 class Message(msgspec.Struct):
-    """What publish and broadcast share; ``delta`` is accepted, and without effect until somebody asks for deltas."""
+    """What publish and broadcast share; with ``delta`` it goes as a patch to those who want one (PROTOCOL 12)."""
 
     data: protocol.Payload = UNSET
     b64data: str = ""
@@ -89,8 +89,8 @@ class Message(msgspec.Struct):
     tags: dict[str, str] | None = None
     idempotency_key: str = ""
     delta: bool = False
-    version: Annotated[int, Meta(ge=0)] = 0
-    version_epoch: str = ""
+    version: Annotated[int, Meta(ge=0, le=HIGHEST_VERSION)] = 0
+    version_epoch: Annotated[str, Meta(max_length=256)] = ""
 
 
 class Publish(Message):
@@ -233,8 +233,9 @@ class Backend:
     ``Refused`` or ``Unavailable``.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, author: audit.Author | None = None) -> None:
         self._node = node
+        self._author = author or audit.Author()
         self._refusals = 0
 
     def __repr__(self) -> str:
@@ -249,6 +250,7 @@ class Backend:
         known = METHODS.get(method)
         if known is None:
             raise Failed(self._error(method, METHOD_NOT_FOUND, f"no method {method[:64]!r}"))
+        self._node.counts.calls[method] += 1
         kind, carry_out = known
         try:
             if not parameters.isascii():
@@ -259,16 +261,21 @@ class Backend:
             refusal = Refusal(BAD_REQUEST.code, f"{BAD_REQUEST.message}: {error}")
             raise Failed(self._error(method, refusal, str(error))) from None
         try:
-            return await carry_out(self, request)
+            result = await carry_out(self, request)
         except Refused as refused:
-            raise Failed(self._error(method, refused.refusal, refused.why)) from None
-        except Unavailable as error:
-            raise Failed(self._error(method, INTERNAL, str(error))) from None
-        except protocol.Inexpressible as error:
-            raise Failed(self._error(method, NOT_AVAILABLE, str(error))) from None
+            failure = self._error(method, refused.refusal, refused.why)
+        except Unavailable as unavailable:
+            failure = self._error(method, INTERNAL, str(unavailable))
+        except protocol.Inexpressible as inexpressible:
+            failure = self._error(method, NOT_AVAILABLE, str(inexpressible))
         except Exception as fault:
             event("command.failed", client="", method=f"api {method}", fault=fault)
-            raise Failed(Error(INTERNAL.code, INTERNAL.message)) from None
+            failure = Error(INTERNAL.code, INTERNAL.message)
+        else:
+            audit.note(self._author, method, request, 0)
+            return result
+        audit.note(self._author, method, request, failure.code)
+        raise Failed(failure)
 
     def too_much(self, method: str) -> Error:
         """In place of a call that is not carried out, since the answers before it are more than ``BATCH_BYTES``."""
@@ -277,6 +284,7 @@ class Backend:
 
     def _error(self, method: str, refusal: Refusal, why: str) -> Error:
         self._refusals += 1
+        self._node.counts.refused(refusal.code, why)
         if self._refusals <= LOGGED_REFUSALS:
             event("command.refused", client="", method=f"api {method[:64]}", code=refusal.code, why=why)
         return Error(refusal.code, refusal.message)
@@ -296,13 +304,13 @@ class Backend:
     async def _publish(self, message: Message, channel: str, payloads: dict[str, bytes]) -> Positioned:
         """Publish in one channel; ``payloads`` are those made already, by namespace."""
         namespace = self._known(channel)
-        if message.version:
-            raise Refused(NOT_AVAILABLE, "versioned publishing is not offered")
         data = payloads.get(namespace.name)
         if data is None:
             data = check_payload(_payload(message.data, message.b64data), namespace)
             data = payloads[namespace.name] = data if namespace.binary else protocol.one_line(data)
-        draft = Draft(data, tags=message.tags, key=message.idempotency_key, skip_history=message.skip_history)
+        key, skip_history = message.idempotency_key, message.skip_history
+        version = Version(message.version, message.version_epoch) if message.version else Version()
+        draft = Draft(data, tags=message.tags, key=key, skip_history=skip_history, delta=message.delta, version=version)
         position = (await self._node.publish(channel, namespace, draft)).position
         return Positioned(position.offset, position.epoch if position.offset else "")
 
@@ -538,6 +546,15 @@ METHODS: dict[str, tuple[type[msgspec.Struct], Callable[[Backend, Any], Awaitabl
     "history": (History, Backend.history),
     "history_remove": (Channel, Backend.history_remove),
     "redact": (Redact, Backend.redact),
+    "block_user": (user_blocks.BlockUser, lambda backend, request: user_blocks.block_user(backend._node, request)),
+    "unblock_user": (
+        user_blocks.UnblockUser,
+        lambda backend, request: user_blocks.unblock_user(backend._node, request),
+    ),
+    "blocked_users": (
+        user_blocks.BlockedUsers,
+        lambda backend, request: user_blocks.blocked_users(backend._node, request),
+    ),
     "channels": (Pattern, Backend.channels),
     "info": (Info, Backend.info),
     "rpc": (Rpc, Backend.rpc),

@@ -81,7 +81,8 @@ class Asker:
         return namespace
 
     async def may_subscribe(self: Requesting, channel: str, namespace: Namespace) -> SubscribeOptions:
-        """What a subscription of it would get; raises ``Refused`` if it gets none; PROTOCOL 4.1.3, 10.2."""
+        """What a subscription of it would get; raises ``Refused`` if it gets none; PROTOCOL 4.1.3, 10.2, 10.5."""
+        self.node.blocking.check("subscribe", self.user, channel)
         given = self.given.get(channel)
         if given is not None:
             return given
@@ -134,6 +135,7 @@ class Caller(Asker):
 
     async def require(self, deed: Deed, channel: str, namespace: Namespace) -> None:
         """Raises ``Refused`` if it may not; PROTOCOL 10.4."""
+        self.node.blocking.check(deed, self.user, channel)
         channels = self.node.channels
         try:
             channels.require(deed, self.identity, namespace, subscribed=channel in self.subscriptions)
@@ -151,6 +153,7 @@ class Caller(Asker):
         """What it publishes, as the app's hook will have it; raises ``Refused`` if it may not; PROTOCOL 4.4."""
         payload = check_payload(data, namespace)
         await self.require("publish", channel, namespace)
+        self.node.check_rate(self.user or self.request.remote_addr, channel, self.node.clock())
         info = self.subscriptions.get(channel, self.info)
         draft = Draft(payload if namespace.binary else protocol.one_line(payload), info=info, key=key)
         if self.node.hooks is not None and (hook := self.node.hooks.find("publishing", namespace.name)) is not None:

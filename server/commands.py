@@ -37,7 +37,8 @@ from server.errors import (
 )
 from server.history import Draft
 from server.hooks import Allow, Hook, Hooks, Welcome
-from server.hub import Subscription, express
+from server.hub import Subscription
+from server.manners import express
 from server.node import Node
 from server.observe import event
 from server.protocol import Command
@@ -102,8 +103,7 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     if len(wanted) > settings.channel_limit:
         raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({settings.channel_limit})")
     session.node.admit(session)
-    if personal.enabled and personal.single_connection and session.user:
-        _replace_others(session, personal.personal_channel_namespace)
+    replace_others(session)
     joined = await asyncio.gather(
         *(
             join(
@@ -121,7 +121,9 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     if session.closed:
         return
     for outcome in joined:
-        if isinstance(outcome, BaseException):
+        if isinstance(outcome, Refused):
+            _pass_over(session, outcome)  # blocked in this channel; the others it gets
+        elif isinstance(outcome, BaseException):
             session.leave_all()
             session.node.dismiss(session)
             raise outcome
@@ -255,6 +257,8 @@ async def ask_connecting(
 
 
 def _name(entrant: Entrant, user: str) -> None:
+    """This is who it is; raises ``Disconnected`` for somebody who is blocked (PROTOCOL 10.5)."""
+    entrant.node.blocking.check_user(user)
     entrant.user = user
     entrant.identity = Identity(user, entrant.node.settings.client.insecure)
 
@@ -277,9 +281,12 @@ def _pass_over(session: Session, refused: Refused) -> None:
     event("command.refused", client=session.client, method="connect", code=refused.refusal.code, why=refused.why)
 
 
-def _replace_others(session: Session, personal_namespace: str) -> None:
-    """Of one user's connections only the newest stays (PROTOCOL 9.2)."""
-    name = session.node.channels.personal(session.user, personal_namespace)
+def replace_others(session: Session) -> None:
+    """Of one user's connections only the newest stays, if it is to be so (PROTOCOL 9.2)."""
+    personal = session.node.settings.client.subscribe_to_user_personal_channel
+    if not (personal.enabled and personal.single_connection and session.user):
+        return
+    name = session.node.channels.personal(session.user, personal.personal_channel_namespace)
     namespace = session.node.channels.namespace(name)
     if namespace is not None and namespace.options.presence:
         target = orders.Target(session.user, spared=(session.client,))
@@ -330,6 +337,8 @@ def _draft(session: Session, channel: str, data: bytes | None, key: str = "") ->
     payload = check_payload(data, namespace)
     subscription = session.subscriptions.get(channel)
     channels.require("publish", session.identity, namespace, subscribed=subscription is not None)
+    session.node.blocking.check("publish", session.user, channel)
+    session.node.check_rate(session.user or session.client, channel, session.arrived)
     info = session.info if subscription is None else subscription.info
     return namespace, Draft(payload if namespace.binary else protocol.one_line(payload), info=info, key=key)
 
@@ -350,6 +359,7 @@ async def ask_publishing(entrant: Entrant, channel: str, namespace: Namespace, d
     change = await hooks.ask(hook, client, channel, data=draft.data)
     # The client may have lost its subscription, and with it the permission, while the hook thought about it.
     entrant.node.channels.require("publish", entrant.identity, namespace, subscribed=channel in entrant.subscriptions)
+    entrant.node.blocking.check("publish", entrant.user, channel)
     if change is None:
         return draft
     data, tags = draft.data, draft.tags if change.tags is None else change.tags
@@ -364,7 +374,10 @@ async def ask_publishing(entrant: Entrant, channel: str, namespace: Namespace, d
             raise hooks.nonsense(hook, client, refused.why) from None
         data = data if namespace.binary else protocol.one_line(data)
     key = change.key or draft.key
-    return msgspec.structs.replace(draft, data=data, tags=tags, key=key, skip_history=change.skip_history)
+    if change.version.number and (change.skip_history or not namespace.kept):
+        raise hooks.nonsense(hook, client, "a version, where no history is kept that it could be compared with")
+    changed = {"skip_history": change.skip_history, "delta": change.delta, "version": change.version}
+    return msgspec.structs.replace(draft, data=data, tags=tags, key=key, **changed)
 
 
 async def _publish_patiently(
@@ -391,9 +404,11 @@ async def history(session: Session, command: Command) -> None:
     namespace = channels.known(channel)
     channels.check_name(channel, namespace)
     channels.require("history", session.identity, namespace, subscribed=channel in session.subscriptions)
+    session.node.blocking.check("history", session.user, channel)
     most = session.node.settings.client.history_max_publication_limit
     limit = request.limit
     if most and not 0 <= limit <= most:
+        session.node.counts.limits["client.history_max_publication_limit"] += limit > most
         limit = most
     await session.make_room()
     result = await history_page(
@@ -432,6 +447,7 @@ def _presence_channel(session: Session, request: protocol.ChannelRequest) -> str
     namespace = session.node.channels.known(channel)
     session.node.channels.check_name(channel, namespace)
     session.node.channels.require("presence", session.identity, namespace, subscribed=channel in session.subscriptions)
+    session.node.blocking.check("presence", session.user, channel)
     return channel
 
 
@@ -587,7 +603,7 @@ async def history_page(
     """
     if reverse and since is not None and not since.offset:
         raise Refused(BAD_REQUEST, "history in reverse from offset 0")
-    page = await node.read(
+    page = await node.pages.read(
         channel,
         namespace,
         since=None if since is None else since.offset,

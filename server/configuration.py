@@ -442,11 +442,34 @@ def _server_clashes(settings: Settings) -> Iterator[_Clash]:
                 found = "a path of no file, or text that is no PEM" if text else "nothing"
                 paths = (("http_server", "tls", name), ("http_server", "tls", "enabled"))
                 yield _Clash(paths, "a file's path or PEM text, since http_server.tls.enabled is true", found)
+    internal_port = settings.http_server.internal_port
+    if internal_port and internal_port == settings.http_server.port:
+        ports: tuple[Place, ...] = (("http_server", "internal_port"), ("http_server", "port"))
+        yield _Clash(ports, "another port than http_server.port", str(internal_port))
+    yield from _admin_clashes(settings)
     yield from _path_clashes(settings)
 
 
+def _admin_clashes(settings: Settings) -> Iterator[_Clash]:
+    admin = settings.admin
+    if not admin.enabled:
+        return
+    if settings.configured and not admin.password and not admin.secret:
+        yield _Clash(
+            (("admin", "password"), ("admin", "enabled"), ("admin", "secret")),
+            "a password, or admin.secret to sign tokens with, since admin.enabled is true",
+            "neither",
+        )
+    if admin.secret and admin.secret == settings.client.token.hmac_secret_key:
+        yield _Clash(
+            (("admin", "secret"), ("client", "token", "hmac_secret_key")),
+            "another key than client.token.hmac_secret_key",
+            "the same",
+        )
+
+
 def _path_clashes(settings: Settings) -> Iterator[_Clash]:
-    """One path for two things; the back-end API has all that lies below its own."""
+    """One path for two things; the back-end API and the console have all that lies below their own."""
     both_ways = settings.http_stream.enabled or settings.sse.enabled
     offered = {
         "websocket": not settings.websocket.disabled,
@@ -455,11 +478,13 @@ def _path_clashes(settings: Settings) -> Iterator[_Clash]:
         "emulation": both_ways,
         "init": settings.init.enabled,
         "http_api": not settings.http_api.disabled,
+        "prometheus": settings.prometheus.enabled,
+        "admin": settings.admin.enabled,
     }
     paths = {name: getattr(settings, name).handler_prefix for name, on in offered.items() if on}
     for (one, path), (other, its) in combinations(paths.items(), 2):
         nested = f"{path}/".startswith(f"{its}/") or f"{its}/".startswith(f"{path}/")
-        if path == its or (nested and other == "http_api"):
+        if path == its or (nested and {one, other} & {"http_api", "admin"}):
             yield _Clash(
                 ((one, "handler_prefix"), (other, "handler_prefix")),
                 f'a path apart from {other}.handler_prefix ("{its}")',
@@ -575,6 +600,10 @@ def _history_clashes(above: Place, options: ChannelOptions, channel_meta_ttl: fl
         yield _Clash((size, ttl), f"a number, since history_ttl is {lasts} (both or neither)", "0")
     elif options.force_recovery and not options.kept:
         yield _Clash(((*above, "force_recovery"), size, ttl), "history_size and history_ttl for it", "neither")
+    if options.auto_cache_recover and not (options.force_recovery and options.force_recovery_mode == "cache"):
+        forced, mode = ((*above, name) for name in ("force_recovery", "force_recovery_mode"))
+        found = f"{str(options.force_recovery).lower()} and {options.force_recovery_mode!r}"
+        yield _Clash(((*above, "auto_cache_recover"), forced, mode), 'force_recovery, and "cache" for its mode', found)
     own = options.history_meta_ttl
     meta_ttl = own or channel_meta_ttl
     if options.history_ttl > meta_ttl:
@@ -708,6 +737,11 @@ def load(
     if faults:
         raise SettingsError(faults)
     return settings
+
+
+def contradictions(settings: Settings) -> list[Fault]:
+    """What is wrong only together in settings that no source has given as they are."""
+    return list(_contradictions(settings, [], []))
 
 
 def _matters(path: Place) -> bool:

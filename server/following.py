@@ -25,7 +25,7 @@ import msgspec
 from server import cursors, errors, orders, protocol
 from server.auth import SubscribeOptions
 from server.callers import Asker
-from server.commands import SKILLS
+from server.commands import SKILLS, replace_others
 from server.errors import CONNECTION_CLOSED, CONNECTION_LIMIT, LIMIT_EXCEEDED, Disconnected, Refused
 from server.hub import Subscription
 from server.node import Node
@@ -36,6 +36,9 @@ from server.subscribing import begin, join
 
 BREAK = b"\0"
 """Between the parts of an event that has no id yet: in no JSON text is there such a byte."""
+
+STAY_AWAY = b"retry: 86400000\n"
+"""A browser knows none of our codes and comes back after any end; this has it wait a day (HTML standard, 9.2.6)."""
 
 KEEP_ALIVE = b":\n\n"
 """A comment (HTML standard, 9.2.6): a proxy sees that the stream lives, nobody else does."""
@@ -63,8 +66,9 @@ class EventCodec(protocol.OneWayCodec):
         return BREAK.join((kind.encode(), name, b"%d" % offset, epoch.encode(), data))
 
     def disconnect(self, disconnect: errors.Disconnect) -> bytes:
-        """The last event; the browser comes back all the same, unless the page closes the stream."""
-        return event("disconnect", self._encode(protocol.Disconnect(disconnect.code, disconnect.reason)))
+        """The last event; a browser that is to stay away is told how long, since it comes back by itself."""
+        said = event("disconnect", self._encode(protocol.Disconnect(disconnect.code, disconnect.reason)))
+        return said if disconnect.comes_back else STAY_AWAY + said
 
 
 CODEC = EventCodec()
@@ -324,6 +328,7 @@ class Follower(Asker, Session):
             begin(self, subscription, stood)
         events.release()
         self._joined.clear()
+        replace_others(self)
         self.accept(self.node.clock())
 
 

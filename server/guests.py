@@ -10,7 +10,6 @@ Pure but for ``kept_key``, which reads and writes the file that it is given; tim
 and chance come as arguments.
 """
 
-import ipaddress
 import os
 import re
 import tempfile
@@ -26,9 +25,6 @@ from server.errors import Unavailable
 from server.settings import Settings
 
 NAME_CHARACTERS = 32
-ADDRESSES = 10_000
-"""How many addresses are remembered before the one that asked longest ago is forgotten."""
-
 KEY_BYTES = 32
 KEY = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}")
 _META = {"guest": True}
@@ -69,50 +65,6 @@ def _stripped(text: str) -> str:
         elif unicodedata.category(character)[0] != "C" or character in _JOINERS:
             kept.append(character)
     return "".join(kept)
-
-
-# --- how often ------------------------------------------------------------------
-class Buckets:
-    """A token bucket for each address: ``per_minute`` at once, and as many again in each minute; 0: no limit.
-
-    An IPv6 host has a whole network of addresses, so its first 64 bits count.
-    Memory is bounded: a full bucket need not be remembered.
-    """
-
-    def __init__(self, per_minute: int, addresses: int = ADDRESSES) -> None:
-        self._size = float(per_minute)
-        self._rate = per_minute / 60
-        self._addresses = addresses
-        self._buckets: dict[str, tuple[float, float]] = {}
-
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def take(self, address: str, now: float) -> float:
-        """Take one for ``address``: 0.0 if there was one, else the seconds until there will be.
-
-        ``now`` is in seconds and never goes back.
-        """
-        if not self._rate:
-            return 0.0
-        key = _network(address)
-        left, filled_at = self._buckets.pop(key, (self._size, now))
-        left = min(self._size, left + (now - filled_at) * self._rate)
-        wait_s = 0.0 if left >= 1 else (1 - left) / self._rate
-        self._buckets[key] = (left if wait_s else left - 1, now)  # at the end: in order of the last question
-        if len(self._buckets) > self._addresses:
-            del self._buckets[next(iter(self._buckets))]
-        return wait_s
-
-
-def _network(address: str) -> str:
-    try:
-        host = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(host, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((host, 64), strict=False))
-    return str(host)
 
 
 # --- tokens -----------------------------------------------------------------------

@@ -44,6 +44,7 @@ from server.errors import (
     Unavailable,
 )
 from server.errors import Disconnect as Ending
+from server.history import Version
 from server.observe import event
 from server.outbox import Request
 from server.protocol import ConnectRequest, is_json, one_line
@@ -174,13 +175,17 @@ class Change(msgspec.Struct, frozen=True):
 
     ``data`` is any value that JSON can hold (``bytes`` as they are where the
     namespace is binary); what is not given stays as it came.  ``key`` makes a repeat
-    harmless (PROTOCOL 11.8); with ``skip_history`` it only passes.
+    harmless, what ``version`` calls outdated is not published (PROTOCOL 11.8); with
+    ``skip_history`` it only passes; with ``delta`` it goes as a patch to those who
+    want one (PROTOCOL 12).
     """
 
     data: Any = UNSET
     tags: dict[str, str] | None = None
     key: str = ""
     skip_history: bool = False
+    delta: bool = False
+    version: Version = Version()
 
     def __post_init__(self) -> None:
         """Raises ``TypeError`` where it is made, so that the trace names the line."""

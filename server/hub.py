@@ -18,10 +18,11 @@ next offset of its subscription.  What keeps it:
 * who goes live has all that was sent to the others and nothing that will be:
   pending frames leave before anybody joins or leaves the live ones.
 
-Fan-out never waits.  In a room of more than ``FEW`` sockets a frame is encoded
-once per wire and kept until the end of the loop turn, when all frames of the
-turn leave joined, in one tight loop (``Wire.spread``); with fewer it goes into
-each outbox at once, which joins it with everything else bound for that socket.
+Fan-out never waits.  The live ones are kept by *manner* (``manners``): those of one
+get the same bytes.  For more than ``FEW`` sockets of a manner a frame is kept until
+the end of the loop turn, when all frames of the turn leave joined, in one tight loop
+(``Wire.spread``); for fewer it goes into each outbox at once, which joins it with
+everything else bound for that socket.
 
 Tried and dropped: a cursor per live subscription (a comparison and a store per
 delivery, a tenth of its cost, for cursors that are always equal); writing each
@@ -32,13 +33,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
-
-import msgspec
 
 from server import protocol
 from server.channels import Namespace
 from server.errors import INAPPROPRIATE_PROTOCOL, Disconnect
+from server.manners import Delta, Manner, Patches, Sending, encode, express
+from server.metrics import SECONDS, Histogram
 from server.outbox import Outbox, Wire
 from server.stream import (
     PAGE_BYTES,
@@ -65,6 +67,9 @@ class Subscriber(Protocol):
     def lose(self, subscription: "Subscription") -> None:
         """History no longer holds what this subscription needs next (PROTOCOL 11.2)."""
 
+    def invalidate(self, subscription: "Subscription") -> None:
+        """What was agreed on when it was made no longer holds (PROTOCOL 9.5)."""
+
     def disconnect(self, disconnect: Disconnect, why: str = "") -> None:
         """End the connection."""
 
@@ -74,10 +79,12 @@ class Subscription:
 
     ``cursor`` is set while it catches up, and ``None`` while it is live (the
     feed's cursor is then its own).  Whoever waits on its behalf looks at
-    ``closed`` after every wait.
+    ``closed`` after every wait.  ``base`` is set while it catches up and gets patches:
+    the payload that it was sent last.
     """
 
     __slots__ = (
+        "base",
         "begun",
         "channel",
         "closed",
@@ -88,6 +95,7 @@ class Subscription:
         "joined",
         "leaves_word",
         "live",
+        "manner",
         "namespace",
         "outbox",
         "positioned",
@@ -106,6 +114,9 @@ class Subscription:
         self.channel = channel
         self.namespace = namespace
         self.info = info
+        self.manner = Manner.of(outbox.wire)
+        """How it is sent to; whoever makes it may choose another one before it joins."""
+        self.base: bytes | None = None
         self.feed: Feed | None = None
         self.cursor: Cursor | None = None
         self.live = False
@@ -136,6 +147,7 @@ class Step(Enum):
     LIVE = "done: it is live"
     READ = "read another page after its cursor"
     REPAIR = "repair the channel first: its live ones are behind"
+    ENDED = "nothing: its connection is about to end"
 
 
 class Feed:
@@ -144,18 +156,23 @@ class Feed:
     ``cursor`` is where the live subscriptions stand, ``None`` while nothing is
     known.  ``tail`` ends where the cursor stands, and is added to while
     ``tail_wanted``; ``ahead`` holds what came too early, with its epoch.
+    ``number`` stands for the channel where that was agreed; ``base`` is what the
+    based ones were sent last.
     """
 
     __slots__ = (
         "ahead",
         "ahead_bytes",
         "audience",
+        "base",
         "catching",
         "channel",
         "cursor",
+        "erasures",
         "following",
         "live",
         "namespace",
+        "number",
         "pages",
         "pending",
         "repairing",
@@ -166,11 +183,13 @@ class Feed:
         "wanted",
     )
 
-    def __init__(self, channel: str, namespace: Namespace) -> None:
+    def __init__(self, channel: str, namespace: Namespace, number: int) -> None:
         self.channel = channel
         self.namespace = namespace
+        self.number = number
         self.cursor: Cursor | None = None
-        self.live: dict[Wire, dict[Outbox, Subscription]] = {}
+        self.live: dict[Manner, dict[Outbox, Subscription]] = {}
+        self.base: bytes | None = None
         self.catching: set[Subscription] = set()
         self.audience: set[Subscription] = set()
         """Who is told of joins and leaves."""
@@ -182,7 +201,9 @@ class Feed:
         self.ahead_bytes = 0
         self.wanted = 0
         """The highest offset that somebody has told of; a repair is not done before it."""
-        self.pending: dict[Wire, list[bytes]] = {}
+        self.erasures = 0
+        """How often history has lost payloads on purpose; a page that was read meanwhile may still hold them."""
+        self.pending: dict[Manner, list[bytes]] = {}
         self.following: asyncio.Future[None] | None = None
         self.repairing: asyncio.Future[None] | None = None
         self.pages: list[tuple[int, asyncio.Future[Page]]] | None = None
@@ -221,11 +242,20 @@ class Feed:
 class Hub:
     """The feeds of one process.  Plain functions; nothing here waits.
 
-    ``soon`` is called with the function that ends a loop turn (``loop.call_soon``).
+    ``soon`` is called with the function that ends a loop turn (``loop.call_soon``);
+    ``clock()`` gives the loop's time in seconds.
     """
 
-    def __init__(self, soon: Callable[[Callable[[], None]], object]) -> None:
+    def __init__(self, soon: Callable[[Callable[[], None]], object], clock: Callable[[], float]) -> None:
         self.feeds: dict[str, Feed] = {}
+        self.deliveries = 0
+        """Publications that were put into outboxes, one for each subscription."""
+        self.fanout_seconds = Histogram(SECONDS)
+        """From the first publication for a larger room in a loop turn until all of that turn was written."""
+        self.patches = Patches()
+        self._numbers = count(1)
+        self._clock = clock
+        self._dirty_since = 0.0
         self._soon = soon
         self._tails: set[Feed] = set()
         self._dirty: list[Feed] = []
@@ -236,7 +266,8 @@ class Hub:
         """Register a subscription that is about to catch up; do this before anything waits."""
         feed = self.feeds.get(subscription.channel)
         if feed is None:
-            feed = self.feeds[subscription.channel] = Feed(subscription.channel, subscription.namespace)
+            number = next(self._numbers)
+            feed = self.feeds[subscription.channel] = Feed(subscription.channel, subscription.namespace, number)
         subscription.feed = feed
         feed.catching.add(subscription)
         self._want_tail(feed)
@@ -252,10 +283,13 @@ class Hub:
         feed.audience.discard(subscription)
         if subscription.live:
             self._settle(feed)
-            group = feed.live[subscription.outbox.wire]
+            group = feed.live[subscription.manner]
             del group[subscription.outbox]
             if not group:
-                del feed.live[subscription.outbox.wire]
+                del feed.live[subscription.manner]
+                patched = subscription.manner.delta is not Delta.OFF
+                if patched and all(other.delta is Delta.OFF for other in feed.live):
+                    feed.base = None
             subscription.live = False
         else:
             feed.catching.discard(subscription)
@@ -285,7 +319,10 @@ class Hub:
             if step is not Step.LIVE:
                 return step
         feed.catching.discard(subscription)
-        feed.live.setdefault(subscription.outbox.wire, {})[subscription.outbox] = subscription
+        if subscription.base is not None and subscription.base == feed.base:
+            subscription.manner = subscription.manner.but(Delta.BASED)
+        feed.live.setdefault(subscription.manner, {})[subscription.outbox] = subscription
+        subscription.base = None
         subscription.cursor = None
         subscription.live = True
         return Step.LIVE
@@ -307,7 +344,8 @@ class Hub:
             tail = feed.tail
             if not tail or tail[0].offset > cursor.offset + 1:
                 return Step.READ
-            self.send(subscription, [pub for pub in tail if pub.offset > cursor.offset], common.epoch)
+            if not self.send(subscription, [pub for pub in tail if pub.offset > cursor.offset], common.epoch):
+                return Step.ENDED
         return Step.LIVE
 
     # --- the tail -------------------------------------------------------------
@@ -441,9 +479,12 @@ class Hub:
         self._settle(feed)
         halted = [subscription for group in feed.live.values() for subscription in group.values()]
         feed.live.clear()
+        feed.base = None
         feed.forget_tail()
         for subscription in halted:
             subscription.live = False
+            if subscription.manner.delta is Delta.BASED:
+                subscription.manner = subscription.manner.but(Delta.FULL)
             subscription.cursor = Cursor(at) if at is not None else None
             feed.catching.add(subscription)
         self._want_tail(feed)
@@ -474,23 +515,64 @@ class Hub:
 
     # --- fan-out --------------------------------------------------------------
     def _emit(self, feed: Feed, publication: Publication, epoch: str) -> None:
-        """One publication to all live ones, encoded once per wire."""
-        for wire, group in feed.live.items():
+        """One publication to all live ones that want it, encoded once for each form that one of them gets."""
+        sending: Sending | None = None
+        patched = failed = False
+        for manner, group in feed.live.items():
             try:
-                frame = encode(wire, feed.channel, publication, epoch, feed.namespace)
+                if manner.plain:  # nearly always: nothing to decide, and nobody to share the frame with
+                    body = express(manner.wire.format, publication, epoch, feed.namespace)
+                    frame = encode(manner, feed.channel, feed.number, "pub", body)
+                else:
+                    if sending is None:
+                        sending = self._sending(feed, publication, epoch, _live_base(feed, publication))
+                    if manner.filter is not None and not sending.wanted(manner.filter):
+                        continue
+                    patched = patched or manner.delta is not Delta.OFF
+                    frame = sending.frame(manner)
             except protocol.Inexpressible as error:
-                for subscription in group.values():
-                    self._soon(partial(subscription.session.disconnect, INAPPROPRIATE_PROTOCOL, str(error)))
-                continue
-            if len(group) <= FEW and not feed.pending:
-                for outbox in group:
-                    outbox.send(frame)
-                continue
-            if not feed.pending:
-                if not self._dirty:
-                    self._soon(self.flush)
-                self._dirty.append(feed)
-            feed.pending.setdefault(wire, []).append(frame)
+                self._give_up(group, error)
+                failed = True
+            else:
+                self._pass_on(feed, manner, group, frame)
+        if patched and feed.namespace.kept:
+            feed.base = None if failed else publication.data
+            self._close_up(feed)
+
+    def _sending(self, feed: Feed, publication: Publication, epoch: str, base: bytes | None) -> Sending:
+        return Sending(feed.channel, feed.number, feed.namespace, publication, epoch, self.patches, base)
+
+    def _give_up(self, group: dict[Outbox, Subscription], error: protocol.Inexpressible) -> None:
+        """These cannot be sent a publication, and may not be spared it either (PROTOCOL 9.4)."""
+        for subscription in group.values():
+            self._soon(partial(subscription.session.disconnect, INAPPROPRIATE_PROTOCOL, str(error)))
+
+    def _pass_on(self, feed: Feed, manner: Manner, group: dict[Outbox, Subscription], frame: bytes) -> None:
+        """One frame to all of a group: to a few at once, to many at the end of the turn."""
+        self.deliveries += len(group)
+        if len(group) <= FEW and not feed.pending:
+            for outbox in group:
+                outbox.send(frame)
+            return
+        if not feed.pending:
+            if not self._dirty:
+                self._dirty_since = self._clock()
+                self._soon(self.flush)
+            self._dirty.append(feed)
+        feed.pending.setdefault(manner, []).append(frame)
+
+    def _close_up(self, feed: Feed) -> None:
+        """Who got a payload in full has the same base as the others from now on, and is sent to as they are."""
+        full = [manner for manner in feed.live if manner.delta is Delta.FULL]
+        if not full:
+            return
+        self._settle(feed)
+        for manner in full:
+            group = feed.live.pop(manner)
+            based = manner.but(Delta.BASED)
+            for subscription in group.values():
+                subscription.manner = based
+            feed.live.setdefault(based, {}).update(group)
 
     def tell(self, channel: str, kind: str, info: ClientInfo) -> None:
         """A join or a leave of ``info`` to the subscriptions that want to know (PROTOCOL 14.2)."""
@@ -498,27 +580,47 @@ class Hub:
         if feed is None:
             return
         body = protocol.Presence(protocol.client_info(info))
-        frames: dict[Wire, bytes] = {}
+        frames: dict[tuple[Wire, bool], bytes] = {}
         for subscription in feed.audience:
-            wire = subscription.outbox.wire
-            frame = frames.get(wire)
+            manner = subscription.manner
+            form = manner.wire, manner.numbered
+            frame = frames.get(form)
             if frame is None:
-                frame = frames[wire] = wire.frame(wire.codec.push(channel, kind, body))
+                frame = frames[form] = encode(manner, channel, feed.number, kind, body)
             self.post(subscription.outbox, frame)
 
-    def send(self, subscription: Subscription, publications: Iterable[Publication], epoch: str) -> None:
-        """Publications to one subscription that is catching up; its cursor moves with each."""
-        cursor = subscription.cursor
+    def send(self, subscription: Subscription, publications: Iterable[Publication], epoch: str) -> bool:
+        """Publications to one subscription that is catching up, if it wants them; its cursor moves with each.
+
+        False if one of them cannot be said to this client: its connection ends in the next
+        turn, and until then nothing may come behind the gap (PROTOCOL 9.4).
+        """
+        feed, cursor, manner = subscription.feed, subscription.cursor, subscription.manner
+        assert feed is not None, f"{subscription!r} has no feed"
         assert cursor is not None, f"{subscription!r} is not catching up"
-        wire = subscription.outbox.wire
+        patched = manner.delta is not Delta.OFF
+        if patched:
+            manner = manner.but(Delta.BASED)
         for publication in publications:
             try:
-                frame = encode(wire, subscription.channel, publication, epoch, subscription.namespace)
+                if manner.plain:
+                    body = express(manner.wire.format, publication, epoch, feed.namespace)
+                    frame = encode(manner, feed.channel, feed.number, "pub", body)
+                else:
+                    sending = self._sending(feed, publication, epoch, subscription.base)
+                    if manner.filter is not None and not sending.wanted(manner.filter):
+                        cursor.advance(publication.offset, epoch)
+                        continue
+                    frame = sending.frame(manner)
             except protocol.Inexpressible as error:
                 self._soon(partial(subscription.session.disconnect, INAPPROPRIATE_PROTOCOL, str(error)))
-                return
+                return False
             cursor.advance(publication.offset, epoch)
+            if patched:
+                subscription.base = publication.data
+            self.deliveries += 1
             subscription.outbox.send(frame)
+        return True
 
     def post(self, outbox: Outbox, frame: bytes) -> None:
         """A reply or a push for one socket, in order behind the publications of this loop turn."""
@@ -539,35 +641,22 @@ class Hub:
         alone = len(dirty) == 1
         for feed in dirty:
             pending, feed.pending = feed.pending, {}
-            for wire, frames in pending.items():
+            for manner, frames in pending.items():
                 data = frames[0] if len(frames) == 1 else b"".join(frames)
-                group = feed.live.get(wire, {})
+                group = feed.live.get(manner, {})
                 if alone:
-                    wire.spread(group, data)
+                    manner.wire.spread(group, data)
                 else:
                     for outbox in group:
                         outbox.send(data)
         for outbox, frame in after:
             outbox.send(frame)
+        if dirty:
+            self.fanout_seconds.observe(self._clock() - self._dirty_since)
 
 
-def encode(wire: Wire, channel: str, publication: Publication, epoch: str, namespace: Namespace) -> bytes:
-    """A publication's frame for one kind of wire; raises ``protocol.Inexpressible`` (PROTOCOL 9.4)."""
-    body = express(wire.format, publication, epoch, namespace)
-    return wire.frame(wire.codec.push(channel, "pub", body))
-
-
-def express(format: str, publication: Publication, epoch: str, namespace: Namespace) -> protocol.Publication:
-    """A publication as a client of this format gets it.
-
-    Raises ``protocol.Inexpressible`` for a payload that is no JSON and a client
-    that speaks JSON, which only a ``binary`` namespace can bring together.
-    """
-    body = protocol.publication(publication, epoch)
-    if namespace.binary and format == "json":
-        if not protocol.is_json(publication.data):
-            raise protocol.Inexpressible(
-                f"a payload of the binary namespace {namespace.name!r} is no JSON, and this client speaks JSON"
-            )
-        body.data = msgspec.Raw(protocol.one_line(publication.data))
-    return body
+def _live_base(feed: Feed, publication: Publication) -> bytes | None:
+    """What a live publication may be a patch of; ``None`` if it goes to everybody in full (PROTOCOL 12.3)."""
+    if feed.base is None or not publication.offset:
+        return None
+    return feed.base if publication.delta or feed.namespace.options.delta_publish else None

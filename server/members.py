@@ -14,12 +14,14 @@ The rules:
 import asyncio
 from collections.abc import Callable
 from itertools import islice
+from typing import Literal
 from weakref import WeakValueDictionary
 
 from server.broker import Broker, Joined, Left
 from server.channels import Channels
 from server.errors import Unavailable
 from server.hub import Hub, Subscription
+from server.metrics import Counts
 from server.observe import event
 from server.presence import Presence
 from server.stream import ClientInfo
@@ -46,6 +48,7 @@ class Members:
         tasks: Tasks,
         clock: Callable[[], float],
         lapsed: Callable[[], None],
+        counts: Counts,
     ) -> None:
         self._presence = presence
         self._broker = broker
@@ -54,6 +57,7 @@ class Members:
         self._tasks = tasks
         self._clock = clock
         self._lapsed = lapsed
+        self._counts = counts
         self._exits: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._ghosts: set[tuple[str, str]] = set()
@@ -134,12 +138,26 @@ class Members:
         """Tell the channel that somebody subscribed, if it emits joins; after the reply."""
         if subscription.leaves_word:
             subscription.joined = True
-            self._hub.tell(subscription.channel, "join", subscription.info)
-            self._broker.announce(Joined(subscription.channel, subscription.info))
+            if self.tell(subscription.channel, "join", subscription.info):
+                self._broker.announce(Joined(subscription.channel, subscription.info))
 
     def _say_leave(self, channel: str, info: ClientInfo) -> None:
-        self._hub.tell(channel, "leave", info)
-        self._broker.announce(Left(channel, info))
+        if self.tell(channel, "leave", info):
+            self._broker.announce(Left(channel, info))
+
+    def tell(self, channel: str, kind: Literal["join", "leave"], info: ClientInfo) -> bool:
+        """Tell the subscribers here of a join or a leave; false if they are too many for that (PROTOCOL 14.2.4).
+
+        A thousand who come to a thousand are a million pushes.
+        """
+        feed = self._hub.feeds.get(channel)
+        if feed is not None:
+            limit = feed.namespace.options.join_leave_limit
+            if limit and feed.size + len(feed.catching) > limit:
+                self._counts.limits["join_leave_limit"] += 1
+                return False
+        self._hub.tell(channel, kind, info)
+        return True
 
     # --- once in a while --------------------------------------------------------
     async def renew(self) -> None:

@@ -16,35 +16,55 @@ It reads no clock of its own: ``clock`` (Unix seconds) is handed in by run.py.
 import asyncio
 import math
 import uuid
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from server import __version__, orders
-from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Published, Word
+from server.blocking import Blocking
+from server.blocks import Blocks, Change
+from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Note, Published, Spent, Word
 from server.channels import Channels, Namespace
-from server.errors import BAD_REQUEST, SERVER_ERROR, Disconnect, Disconnected, Refused, Unavailable
+from server.errors import (
+    BAD_REQUEST,
+    NOT_AVAILABLE,
+    SERVER_ERROR,
+    SHUTDOWN,
+    TOO_MANY_REQUESTS,
+    Disconnect,
+    Disconnected,
+    Refused,
+    Unavailable,
+)
 from server.globs import matcher
 from server.history import Appended, Draft, History
 from server.hooks import Hooks
 from server.hub import Feed, Hub, Step, Subscription
+from server.limits import Key, Quotas, Rate, network
 from server.members import Members
+from server.metrics import Counts
 from server.observe import event
 from server.outbox import Outbox
+from server.pages import NEWEST, Pages, patiently
 from server.peers import OWED_S, Peers
 from server.presence import Presence
-from server.protocol import MAX_OFFSET
+from server.reload import same_terms
 from server.settings import Settings
-from server.stream import Page, Position, Publication, Verdict, catch_up, weight_of
+from server.stream import (
+    Page,
+    Position,
+    Publication,
+    Verdict,
+    catch_up,
+    weight_of,
+)
 from server.tasks import Tasks
 from server.timetable import Timetable
-
-T = TypeVar("T")
 
 HOLE_PATIENCE_S = 0.03
 """How long a hole may fill itself before history is asked: words overtake one another by milliseconds."""
@@ -63,6 +83,10 @@ ORDER_PATIENCE_S = 2.0
 
 PASSING_KEY_S = 300.0
 PASSING_KEYS = 100_000
+
+
+Renewal = Callable[[Settings], Callable[[], None]]
+"""Makes ready for other settings, or raises ``ValueError``; what it returns is called when they hold."""
 
 
 class Session(Protocol):
@@ -107,6 +131,7 @@ class Node:
         history: History,
         broker: Broker,
         presence: Presence,
+        blocks: Blocks,
         settings: Settings,
         clock: Callable[[], float],
         name: str = "",
@@ -116,16 +141,27 @@ class Node:
         self.history = history
         self.broker = broker
         self.presence = presence
+        self.blocks = blocks
         self.settings = settings
         self.clock = clock
         self.channels = Channels(settings.channel)
-        self.hub = Hub(lambda call: asyncio.get_running_loop().call_soon(call))
+        self.counts = Counts()
+        self.hub = Hub(
+            lambda call: asyncio.get_running_loop().call_soon(call), lambda: asyncio.get_running_loop().time()
+        )
         self.hooks: Hooks | None = None
         """What a user's module has to say; set before the first session."""
         self.connections = 0
         """How many clients are here, connected or about to be."""
+        self.addresses: Counter[str] = Counter()
+        """How many of them each host has."""
+        self.command_rate = Rate.of(settings.client.command_rate_limit, settings.client.command_burst)
+        """How often one client may ask for something."""
+        self.publishing = Quotas(settings.client.publish_rate_limit, self._tell_spent)
+        """How often one user may publish in one channel."""
         self.sessions: dict[str, Session] = {}
         self.users: defaultdict[str, dict[str, Session]] = defaultdict(dict)
+        self.blocking = Blocking(blocks, lambda user: self.users.get(user, {}).values(), clock)
         self._newcomers: dict[str, float] = {}
         """When, by the loop's clock, those connected who did so in the last minutes; the oldest first."""
         self.streams: dict[str, Callable[[bytes], None]] = {}
@@ -135,9 +171,24 @@ class Node:
         self.peers: Peers
         """The other processes; there from ``open`` on."""
         self.tasks = Tasks()
-        self.members = Members(presence, broker, self.hub, self.channels, self.tasks, clock, self.check_all)
+        self.pages = Pages(
+            history,
+            self.hub,
+            self.tasks,
+            self.counts,
+            lambda: self.now_ms,
+            patience_s=self.patience_s,
+            at_once=settings.client.concurrent_recovery_limit,
+        )
+        self.members = Members(
+            presence, broker, self.hub, self.channels, self.tasks, clock, self.check_all, self.counts
+        )
         self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
         self._tops: dict[str, Position] = {}
+        self.leaving = False
+        """Takes no further client; see ``Leaving``."""
+        self.renewals: list[Renewal] = []
+        """Whoever has made something of the settings, to be asked when they change."""
         self.troubles: dict[str, str] = {}
         self._closed: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
         self._opening: asyncio.Task[None] | None = None
@@ -159,7 +210,9 @@ class Node:
         """
         self.started_at = self.clock()
         self.history.on_commit = self.committed
+        self.history.on_batch = self.counts.batch
         self.broker.on_word = self.heard
+        self.broker.on_taken = self.counts.broker_seconds.observe
         self.broker.on_return = self._returned
         loop = asyncio.get_running_loop()
         self.peers = Peers(
@@ -170,15 +223,16 @@ class Node:
             later=loop.call_later,
             lease_s=self.settings.presence.lease,
         )
-        self.broker.on_note = self.peers.heard
+        self.broker.on_note = self._noted
         self._closed = {
             "history": self.history.open,
             "broker": lambda: self.broker.open(self.id),
             "presence": lambda: self.presence.open(self.clock()),
+            "blocks": self.blocking.open,
         }
         faults = await self._open_closed()
         if faults and not patiently:
-            for name in {"history", "broker", "presence"} - self._closed.keys():
+            for name in {"history", "broker", "presence", "blocks"} - self._closed.keys():
                 await getattr(self, name).close()
             raise faults[0]
         if faults:
@@ -225,6 +279,8 @@ class Node:
             troubles.setdefault("history", self.history.trouble)
         if away := self.broker.trouble or self.broker.mute:
             troubles.setdefault("broker", away)
+        if self.blocking.trouble:
+            troubles.setdefault("blocks", self.blocking.trouble)
         return troubles
 
     async def close(self) -> None:
@@ -235,6 +291,7 @@ class Node:
         self.peers.close()
         await self.broker.close()
         await self.presence.close()
+        await self.blocks.close()
         await self.history.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -246,9 +303,60 @@ class Node:
         """The clock in Unix milliseconds."""
         return int(self.clock() * 1000)
 
+    # --- settings -------------------------------------------------------------
+    def renew(self, settings: Settings) -> None:
+        """From now on these settings hold; which of them may differ is for ``reload.renewed`` to say (PROTOCOL 9.5).
+
+        Raises ``ValueError`` for what somebody can make nothing of, and has then changed nothing.
+        """
+        commits = [renewal(settings) for renewal in self.renewals]
+        former, self.settings = self.settings.client, settings
+        client = settings.client
+        self.channels.renew(settings.channel)
+        self.command_rate = Rate.of(client.command_rate_limit, client.command_burst)
+        if client.publish_rate_limit != former.publish_rate_limit:
+            self.publishing = Quotas(client.publish_rate_limit, self._tell_spent)
+        for commit in commits:
+            commit()
+        for feed in list(self.hub.feeds.values()):
+            self._renew_feed(feed)
+
+    def _renew_feed(self, feed: Feed) -> None:
+        """Give a channel its namespace as it is now, or end its subscriptions if they were made on other terms."""
+        namespace = self.channels.namespace(feed.channel)
+        if namespace is feed.namespace:
+            return
+        same = namespace is not None and same_terms(feed.namespace.options, namespace.options)
+        for subscription in list(feed.subscriptions()):
+            if same and namespace is not None:
+                subscription.namespace = namespace
+            else:
+                subscription.session.invalidate(subscription)
+        if same and namespace is not None:
+            feed.namespace = namespace
+
     # --- sessions -------------------------------------------------------------
+    def arrive(self, address: str) -> None:
+        """A client is here, connected or about to be."""
+        self.connections += 1
+        self.addresses[network(address)] += 1
+
+    def depart(self, address: str) -> None:
+        """A client that has arrived is gone."""
+        self.connections -= 1
+        host = network(address)
+        self.addresses[host] -= 1
+        if not self.addresses[host]:
+            del self.addresses[host]
+
     def admit(self, session: Session) -> None:
-        """Enter a session that has connected."""
+        """Enter a session that has connected.
+
+        Raises ``errors.Disconnected`` if its user is blocked, or if clients are being sent away.
+        """
+        if self.leaving:
+            raise Disconnected(SHUTDOWN, "it connected while clients are sent away")
+        self.blocking.check_user(session.user)
         self.sessions[session.client] = session
         self.users[session.user][session.client] = session
         self._newcomers[session.client] = asyncio.get_running_loop().time()
@@ -279,19 +387,40 @@ class Node:
 
         Raises ``errors.Unavailable`` when the outcome is unknown, at the latest
         after ``patience_s`` (default: the configured publish timeout), and
-        ``errors.Refused`` when the channel's queue is full.
+        ``errors.Refused`` when the channel's queue is full, or for a version
+        where nothing is kept that it could be compared with.
         """
         if len(draft.key) > 256:
             raise Refused(BAD_REQUEST, "an idempotency key is longer than 256 characters")
         self.check_size(draft)
         if namespace.retention is None or draft.skip_history:
+            if draft.version.number:
+                raise Refused(NOT_AVAILABLE, "a version needs history, which this publication skips")
             if draft.key and self.repeated(channel, draft.key):
                 return Appended(Position(), repeated=True)
             self.publish_passing(channel, Publication(draft.data, info=draft.info, tags=draft.tags))
             return Appended(Position())
-        return await self._patiently(
+        return await patiently(
             self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
         )
+
+    def check_rate(self, whose: str, channel: str, now: float) -> None:
+        """Raises ``Refused(TOO_MANY_REQUESTS)`` for who publishes too often in this channel (PROTOCOL 18)."""
+        if not self.publishing.take((whose, channel), now):
+            limit = self.settings.client.publish_rate_limit
+            raise Refused(TOO_MANY_REQUESTS, f"look at client.publish_rate_limit ({limit})")
+
+    def _tell_spent(self, key: Key, count: int) -> None:
+        if self.peers.all:
+            self.broker.tell(Spent(self.id, *key, count))
+
+    def _noted(self, note: Note) -> None:
+        """Another process has said something of itself or to us."""
+        match note:
+            case Spent(_, whose, channel, count):
+                self.publishing.heard((whose, channel), count, self.clock())
+            case _:
+                self.peers.heard(note)
 
     def check_size(self, draft: Draft | Publication) -> None:
         """Raises ``Refused(BAD_REQUEST)`` for what would cut every subscriber that it is sent to (PROTOCOL 18)."""
@@ -305,6 +434,7 @@ class Node:
         Raises ``errors.Refused`` if it is too large.
         """
         self.check_size(publication)
+        self.counts.passing += 1
         self.hub.hear(channel, "", publication)
         self.broker.announce(Published(channel, Position(), (publication,)))
 
@@ -321,6 +451,10 @@ class Node:
     def committed(self, channel: str, epoch: str, publications: Sequence[Publication]) -> None:
         """History has made these durable: deliver them here, then tell the others."""
         self._deliver(channel, epoch, publications)
+        counts = self.counts
+        counts.kept += len(publications)
+        counts.commit_publications.observe(len(publications))
+        counts.own_age_seconds.observe(max(0.0, self.clock() - publications[0].time_ms / 1000))
         top = Position(publications[-1].offset, epoch)
         self._tops[channel] = top
         light = [publication for publication in publications if publication.weight <= ANNOUNCED_BYTES]
@@ -330,6 +464,7 @@ class Node:
         for publication in publications:
             verdict = self.hub.hear(channel, epoch, publication)
             if verdict is Verdict.HOLE or verdict is Verdict.FOREIGN:
+                self.counts.holes += 1
                 self._mend(channel, patiently=verdict is Verdict.HOLE)
 
     def heard(self, word: Word) -> None:
@@ -341,12 +476,19 @@ class Node:
                     time_ms = newest.time_ms if newest is not None and newest.offset == top.offset else 0
                     self.history.heard(channel, top, time_ms)
                 self._deliver(channel, top.epoch, publications)
+                self._note_heard(publications)
                 if top.offset and not (newest is not None and newest.offset == top.offset):
                     self._compare(channel, top)
             case Joined(channel, info):
-                self.hub.tell(channel, "join", info)
+                self.members.tell(channel, "join", info)
             case Left(channel, info):
-                self.hub.tell(channel, "leave", info)
+                self.members.tell(channel, "leave", info)
+
+    def _note_heard(self, publications: Sequence[Publication]) -> None:
+        if publications:
+            self.counts.heard += len(publications)
+            if publications[0].time_ms:
+                self.counts.others_age_seconds.observe(max(0.0, self.clock() - publications[0].time_ms / 1000))
 
     async def remove(self, channel: str) -> None:
         """Forget the payloads of a kept channel; offsets go on (PROTOCOL 11.1).  Raises ``errors.Unavailable``."""
@@ -369,6 +511,7 @@ class Node:
     def _forget(self, channel: str) -> None:
         feed = self.hub.feeds.get(channel)
         if feed is not None:
+            feed.erasures += 1
             feed.forget_tail()
             if feed.ahead:
                 feed.forget_ahead()
@@ -409,13 +552,15 @@ class Node:
                 return False
             since = cursor.position
             try:
-                page = await self._page(feed, since.offset)
+                page = await self.pages.mending(feed, since.offset)
                 break
             except Unavailable as error:
+                self.counts.failed_repairs += 1
                 event("channel.repair_failed", channel=feed.channel, why=error)
                 await asyncio.sleep(RETRY_S)
         if self.hub.feeds.get(feed.channel) is not feed:
             return False
+        self.counts.repairs += 1
         event("channel.repaired", channel=feed.channel, offset=since.offset, top=page.top.offset)
         for subscription in self.hub.mend(feed, since, page):
             if subscription.cursor is None:
@@ -427,6 +572,7 @@ class Node:
     def _returned(self) -> None:
         """The broker is back: others may have come and gone, and anything may have been said."""
         self.peers.tick(self._facts())
+        self.blocking.read_all()
         self.check_all()
 
     def check_all(self) -> None:
@@ -444,100 +590,27 @@ class Node:
         if not followed:
             return
         try:
-            tops = await self._patiently(self.history.tops(followed), self.patience_s)
+            tops = await self.pages.tops(followed)
         except Unavailable as error:
             event("history.unavailable", why=error)
             return
         for channel in followed:
             self._compare(channel, tops.get(channel, Position()))
 
-    # --- reading --------------------------------------------------------------
-    async def read(
-        self,
-        channel: str,
-        namespace: Namespace,
-        *,
-        since: int | None = None,
-        limit: int,
-        max_bytes: int = 2**31,
-        reverse: bool = False,
-    ) -> Page:
-        """A page of a kept channel's history as ``History.read`` gives it; raises ``errors.Unavailable``."""
-        assert namespace.retention is not None, f"{channel!r} is a passing channel"
-        reading = self.history.read(
-            channel, namespace.retention, self.now_ms, since=since, limit=limit, max_bytes=max_bytes, reverse=reverse
-        )
-        return await self._patiently(reading, self.patience_s)
-
-    async def _patiently(self, work: Coroutine[Any, Any, T], patience_s: float) -> T:
-        try:
-            async with asyncio.timeout(patience_s):
-                return await work
-        except TimeoutError:
-            raise Unavailable(f"history has not answered within {patience_s:g} s") from None
-
-    def _page(self, feed: Feed, since: int) -> "asyncio.Future[Page]":
-        """A page after ``since``, read after this call; one read serves all who asked before it began."""
-        future: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
-        if feed.pages is None:
-            feed.pages = []
-            self.spawn(self._serve_pages(feed), f"read {feed.channel}")
-        feed.pages.append((since, future))
-        return future
-
-    async def _serve_pages(self, feed: Feed) -> None:
-        """Read until nobody asks: from the lowest of those whom the last page did not reach, or of all.
-
-        Nobody starves: who was not served goes first, and one page serves
-        everybody within its reach.
-        """
-        namespace = feed.namespace
-        assert namespace.retention is not None
-        assert feed.pages is not None
-        left: list[tuple[int, asyncio.Future[Page]]] = []
-        while left or feed.pages:
-            asked, feed.pages = left + feed.pages, []
-            first = min(since for since, _ in left or asked)
-            try:
-                reading = (
-                    self.history.read(feed.channel, namespace.retention, self.now_ms, limit=0)
-                    if first == NEWEST
-                    else self.history.read(feed.channel, namespace.retention, self.now_ms, since=first)
-                )
-                page = await self._patiently(reading, self.patience_s)
-            except Unavailable as error:
-                for _, future in asked:
-                    if not future.done():
-                        future.set_exception(error)
-                left = []
-                continue
-            except Exception as fault:
-                event("task.failed", task=f"read {feed.channel}", fault=fault)
-                for _, future in asked:
-                    if not future.done():
-                        future.set_exception(Unavailable("a fault of ours while reading"))
-                left = []
-                continue
-            self.hub.remember(feed, page)
-            last = page.publications[-1].offset if page.publications else page.top.offset
-            left = []
-            for since, future in asked:
-                if future.done():
-                    continue
-                if since == NEWEST or (since >= first and (since < last or last >= page.top.offset)):
-                    future.set_result(page)
-                else:
-                    left.append((since, future))
-        feed.pages = None
-
     # --- subscribing ----------------------------------------------------------
-    async def subscribe(self, subscription: Subscription, since: Position | None) -> Page | None:
+    async def subscribe(
+        self, subscription: Subscription, since: Position | None, *, newest: bool = False
+    ) -> Page | None:
         """Register a subscription and read what it needs for its reply: a page after ``since``, or the top.
 
+        With ``newest`` the page ends with the newest publication that is kept; for a
+        subscription with a filter it has those before it as well (PROTOCOL 11.6).
         Returns ``None`` for a passing channel.  Afterwards either ``settle`` in
         the same loop turn as the reply, or ``release``.  Raises
         ``errors.Unavailable``, having released it.
         """
+        if subscription.namespace is not self.channels.namespace(subscription.channel):
+            raise Unavailable("the options of its namespace have changed while it was about to subscribe")
         feed = self.hub.join(subscription)
         try:
             async with asyncio.timeout(self.patience_s):
@@ -545,8 +618,10 @@ class Node:
                 if not subscription.namespace.kept:
                     return None
                 if since is None:
-                    return await self._page(feed, NEWEST)
-                return self.hub.recall(feed, since, self.now_ms) or await self._page(feed, since.offset)
+                    return await self.pages.after(feed, NEWEST)
+                if newest:
+                    return await self.pages.newest(feed, filtered=subscription.manner.filter is not None)
+                return self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
         except TimeoutError:
             self.release(subscription)
             raise Unavailable(f"a subscription was not in force within {self.patience_s:g} s") from None
@@ -598,13 +673,14 @@ class Node:
         that they see when it is drained, their pages together would be too much.
         """
         turn = self._turns.setdefault(subscription.outbox, asyncio.Lock())
-        while step is not Step.LIVE:
+        while step not in (Step.LIVE, Step.ENDED):
             try:
                 if step is Step.REPAIR:
                     step = await self._wait_for_repair(subscription)
                 else:
                     async with turn:
                         await subscription.outbox.drained()
+                        await asyncio.sleep(0)  # a page from memory waits for nothing: others have their turn first
                         step = await self._read_on(subscription)
             except Disconnected as end:
                 if not subscription.closed:
@@ -625,14 +701,15 @@ class Node:
         if feed is None or cursor is None:
             return Step.LIVE
         since = cursor.position
-        page = self.hub.recall(feed, since, self.now_ms) or await self._page(feed, since.offset)
+        page = self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
         if subscription.closed:
             return Step.LIVE
         caught = catch_up(since, page)
         if not caught.recovered:
             subscription.session.lose(subscription)
             return Step.LIVE
-        self.hub.send(subscription, caught.publications, page.top.epoch)
+        if not self.hub.send(subscription, caught.publications, page.top.epoch):
+            return Step.ENDED
         if subscription.closed:
             return Step.LIVE
         if not cursor.epoch:
@@ -683,13 +760,13 @@ class Node:
     async def ask(self, question: orders.Question, to: str = "") -> dict[str, bytes]:
         """Ask the node ``to``, or all others; returns the answers by node id, raises as ``order``.
 
-        What is neither an order nor ``Forget`` is of no use later, and not asked again then.
+        What is neither an order nor news to keep is of no use later, and not asked again then.
         """
         asked = self.peers.ask(orders.encode(question), to)
         try:
             silent = await asked.answered(ORDER_PATIENCE_S, self.peers.silent)
         finally:
-            if not isinstance(question, orders.Order | orders.Forget):
+            if not isinstance(question, orders.Order | orders.Forget | orders.Blocked):
                 self.peers.give_up(asked)
         why = self.troubled.get("broker")
         if why and (silent or not asked.answers):  # who fell silent may be alive, and so may who is not known
@@ -713,6 +790,9 @@ class Node:
                     return _encode([session.client for session in self.targeted(target)])
                 case orders.Forget(channel):
                     self._forget(channel)
+                    return b""
+                case orders.Blocked(record):
+                    self.blocking.take(record)
                     return b""
                 case orders.Emulated(session, data):
                     return self.hand_over(session, data)
@@ -748,6 +828,16 @@ class Node:
                     session.unsubscribe_by_order(channel)
                 case orders.RefreshOrder():
                     session.refresh_by_order(order)
+
+    async def block(self, user: str, change: Change) -> None:
+        """Change what ``user`` may not, here and everywhere else (PROTOCOL 10.5).
+
+        Raises ``errors.Unavailable``: the store's outcome is unknown, or it is done and
+        not all other processes have said so; then they find out by themselves.
+        """
+        record = await patiently(self.blocks.change(user, change, self.now_ms), self.patience_s, "the store of blocks")
+        self.blocking.take(record)
+        await self.ask(orders.Blocked(record))
 
     def followed(self, pattern: str = "") -> dict[str, int]:
         """How many are subscribed here, by channel, of those whose names match ``pattern`` (PROTOCOL 15.2).
@@ -796,6 +886,7 @@ class Node:
             except Exception as fault:  # the others' time has come as well
                 event("sweep.failed", fault=fault)
         self._forget_newcomers()
+        self.publishing.forget(now)
         self.hub.sweep()
         tops, self._tops = self._tops, {}
         for channel, top in tops.items():
@@ -809,6 +900,8 @@ class Node:
             self.tasks.once("renew presence", self.members.renew)
         self.tasks.once("sweep presence", self.members.sweep)
         self.tasks.once("sweep history", self._sweep_history)
+        if "blocks" not in self._closed and self.blocking.due(asyncio.get_running_loop().time()):
+            self.tasks.once("read blocks", self.blocking.read)
 
     def _forget_newcomers(self) -> None:
         """Who has been here for longer than orders are repeated is meant by any of them."""
@@ -819,6 +912,7 @@ class Node:
     def _rewind(self, seconds: float) -> None:
         """The clock was set back: nothing waits until it is then again."""
         self._next_tops = self._next_renewal = 0.0
+        self.publishing.rewind(seconds)
         for session in self.timetable.rewind():
             session.rewind(seconds)
 
@@ -843,7 +937,3 @@ class Facts(msgspec.Struct):
     num_channels: int
     num_subs: int
     uptime: int
-
-
-NEWEST = MAX_OFFSET
-"""In place of a cursor: only the top is asked for."""

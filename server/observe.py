@@ -9,22 +9,34 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from typing import Any, Literal
 
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
 
 EVENTS: dict[str, tuple[int, str]] = {
     "server.started": (INFO, "listening; `address`"),
+    "server.divided": (INFO, "health, metrics, console and API are at a port of their own; `address`"),
     "server.open": (WARNING, "nothing is configured, everybody on this machine may do everything; `namespaces`"),
-    "server.stopping": (INFO, "a signal came, clients are being sent away; `connections`"),
+    "settings.reloaded": (INFO, "SIGHUP: settings were read anew; `changed` names what is different now"),
+    "settings.waiting": (WARNING, "SIGHUP: what is different but needs a restart; `names`"),
+    "settings.faulty": (ERROR, "SIGHUP: settings that cannot hold, so nothing was changed; one for each fault, `why`"),
+    "epochs.renewed": (INFO, "new-epochs: all channels begin a new epoch; `count`"),
+    "server.stopping": (INFO, "a signal came: not ready from now on, then clients are sent away; `connections`"),
     "server.stopped": (INFO, "all is closed"),
     "server.failed": (ERROR, "could not start; `why`"),
     "sweep.failed": (ERROR, "the once-a-second work raised; with its trace"),
     "connection.opened": (DEBUG, "a transport was opened; `client`, `transport`, `address`"),
     "connection.accepted": (INFO, "connect succeeded; `client`, `user`, `transport`, `address`"),
     "connection.closed": (INFO, "a connection ended; `client`, `user`, and `code`, `reason`, `why` if we ended it"),
-    "connection.refused": (WARNING, "a handshake was refused; `why` names the setting, `address`"),
-    "command.refused": (INFO, "a command got an error; `client`, `method`, `code`, `why` names the setting"),
+    "connection.refused": (
+        WARNING,
+        "a handshake was refused; `why` names the setting, `address`, `code`, `count`, of a page `origin`",
+    ),
+    "command.refused": (
+        INFO,
+        "a command got an error; `client`, `method`, `code`, `why` names the setting; by REST also `address`, `count`",
+    ),
     "command.failed": (ERROR, "a command met a fault of ours; `client`, `method`, with its trace"),
     "hook.failed": (ERROR, "a hook raised; `client`, `hook`, `function`, `at` its file and line, with its trace"),
     "hook.overdue": (ERROR, "a hook was cut off; `client`, `hook`, `function`, `at`, `why` names the setting"),
@@ -48,6 +60,7 @@ EVENTS: dict[str, tuple[int, str]] = {
         "a document that is not ours stands among ours; `path`, `collection`, `document` its id",
     ),
     "history.unavailable": (WARNING, "history cannot answer; `why`"),
+    "blocks.unavailable": (WARNING, "blocks of users cannot be read, the last known hold; `why`"),
     "broker.unavailable": (WARNING, "the broker cannot answer; `why`"),
     "broker.lost": (WARNING, "Redis is away, kept channels are swept from history; `address`, `part`, `why`"),
     "broker.returned": (INFO, "Redis is back; `address`, `part`, `dropped` how many words waited in vain"),
@@ -58,13 +71,24 @@ EVENTS: dict[str, tuple[int, str]] = {
     "presence.unavailable": (WARNING, "presence cannot answer; `why`"),
     "presence.entered_again": (INFO, "a connection to Redis is new, our members were entered again; `count`"),
     "task.failed": (ERROR, "background work raised; `task`, with its trace"),
+    "api.called": (
+        INFO,
+        "a back end did something to users or channels; `method`, `by`, `address`, whom and where, `code` 0 if done",
+    ),
+    "api.served": (DEBUG, "a back end read or published; as `api.called`"),
     "api.refused": (WARNING, "the back-end API was called without its key; `address`, `why`"),
+    "admin.entered": (INFO, "somebody logged in to the console; `address`"),
+    "admin.refused": (WARNING, "somebody without password or token wanted in; `address`, `status`, `why`"),
+    "admin.called": (INFO, "somebody changed something in the console; as `api.called`"),
     "guest.welcomed": (INFO, "a guest got a token; `user`, `address`"),
-    "guest.refused": (INFO, "a guest got no token; `address`, `status`, `why`"),
+    "guest.refused": (INFO, "a guest got no token; `address`, `code`, `why`, `count`"),
     "http.failed": (ERROR, "a request met a fault of ours; `path`, with its trace"),
     "http.unread": (INFO, "an answer was not taken in time, its connection was cut; `path`"),
     "log.unstructured": (WARNING, "a library spoke; `logger`, `message`"),
 }
+
+happened: Counter[str] = Counter()
+"""How often each event happened in this process, logged or not."""
 
 _logger = logging.getLogger("waterspout")
 
@@ -72,6 +96,7 @@ _logger = logging.getLogger("waterspout")
 def event(name: str, /, *, fault: BaseException | None = None, **fields: Any) -> None:
     """Log one event of the table with its fields; ``fault`` adds the trace."""
     weight = EVENTS[name][0]
+    happened[name] += 1
     if _logger.isEnabledFor(weight):
         _logger.log(weight, name, extra={"fields": fields}, exc_info=fault)
 
@@ -123,8 +148,13 @@ def configure(level: str, format: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    _logger.setLevel(_WEIGHTS[level])
+    set_level(level)
     logging.getLogger("tornado.access").setLevel(logging.ERROR)
+
+
+def set_level(level: str) -> None:
+    """Write events from ``level`` up, from now on."""
+    _logger.setLevel(_WEIGHTS[level])
 
 
 _WEIGHTS = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from server.blocks import Record
 from server.stream import Position
 
 
@@ -78,6 +79,12 @@ class Forget(msgspec.Struct, frozen=True, tag="f"):
     channel: str
 
 
+class Blocked(msgspec.Struct, frozen=True, tag="b"):
+    """The blocks of a user were changed: these are all that hold now."""
+
+    record: Record
+
+
 class Emulated(msgspec.Struct, frozen=True, tag="e"):
     """Commands of a client whose stream another process holds (PROTOCOL 2.5)."""
 
@@ -86,7 +93,7 @@ class Emulated(msgspec.Struct, frozen=True, tag="e"):
 
 
 Order = DisconnectOrder | SubscribeOrder | UnsubscribeOrder | RefreshOrder
-Question = Order | ChannelsQuestion | ConnectionsQuestion | Forget | Emulated
+Question = Order | ChannelsQuestion | ConnectionsQuestion | Forget | Blocked | Emulated
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)

@@ -28,8 +28,10 @@ from server.errors import (
     Disconnect,
     Disconnected,
     Refused,
+    Unavailable,
 )
-from server.hub import Subscription, express
+from server.hub import Subscription
+from server.manners import express
 from server.node import Node
 from server.observe import event
 from server.outbox import Outbox, Wire
@@ -184,6 +186,7 @@ class Poll:
         self.client = caller.client
         self.user = caller.user
         self._node = caller.node
+        self._address = caller.request.remote_addr
         self._expire_at = caller.expire_at
         self._limit = limit
         self._over: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -207,8 +210,9 @@ class Poll:
         node, subscription = self._node, self._subscription
         if self._expire_at:
             wait_s = min(wait_s, max(0.0, self._expire_at - node.clock()))
-        node.connections += 1
+        node.blocking.check("history", self.user, subscription.channel)
         node.admit(self)
+        node.arrive(self._address)
         try:
             page = await node.subscribe(subscription, since)
             assert page is not None, "only kept channels are polled"
@@ -224,12 +228,12 @@ class Poll:
             await asyncio.wait([self._over], timeout=wait_s)
             return self._answer(caught.position)
         except Lost:
-            page = await node.read(subscription.channel, subscription.namespace, limit=0)
+            page = await node.pages.read(subscription.channel, subscription.namespace, limit=0)
             raise Gone(page.top) from None
         finally:
             node.release(subscription)
             node.dismiss(self)
-            node.connections -= 1
+            node.depart(self._address)
 
     def _answer(self, since: Position) -> Tidings:
         """What the poll has got; raises what ended it otherwise."""
@@ -258,8 +262,13 @@ class Poll:
 
     def lose(self, subscription: Subscription) -> None:
         """History was trimmed under it, or begins anew; PROTOCOL 11.2."""
+        self._node.counts.lost += 1
         event("subscription.lost", client=self.client, channel=subscription.channel)
         self._finish(Lost())
+
+    def invalidate(self, subscription: Subscription) -> None:
+        """Its namespace is another one now; asked again it is told what holds; PROTOCOL 9.5."""
+        self._finish(Unavailable("the options of the namespace have changed while it waited"))
 
     def unsubscribe_by_order(self, channel: str) -> None:
         """The back end ends its subscription: it may not go on."""

@@ -35,8 +35,8 @@ ConnectRequest: 1 token:s, 2 data:y, 3 subs:{}SubscribeRequest, 4 name:s, 5 vers
 ConnectResult: 1 client:s, 2 version:s, 3 expires:b, 4 ttl:u32, 5 data:y, 6 subs:{}SubscribeResult, 7 ping:u32, 8 pong:b, 9 session:s, 10 node:s, 11 time:i64
 RefreshRequest: 1 token:s
 RefreshResult: 1 client:s, 2 version:s, 3 expires:b, 4 ttl:u32
-SubscribeRequest: 1 channel:s, 2 token:s, 3 recover:b, 6 epoch:s, 7 offset:u64, 8 data:y, 9 positioned:b, 10 recoverable:b, 11 join_leave:b, 12 delta:s, 13 tf:Empty, 14 flag:i64, 15 type:i32
-SubscribeResult: 1 expires:b, 2 ttl:u32, 3 recoverable:b, 6 epoch:s, 7 publications:[]Publication, 8 recovered:b, 9 offset:u64, 10 positioned:b, 11 data:y, 12 was_recovering:b, 13 delta:b
+SubscribeRequest: 1 channel:s, 2 token:s, 3 recover:b, 6 epoch:s, 7 offset:u64, 8 data:y, 9 positioned:b, 10 recoverable:b, 11 join_leave:b, 12 delta:s, 13 tf:FilterNode, 14 flag:i64, 15 type:i32
+SubscribeResult: 1 expires:b, 2 ttl:u32, 3 recoverable:b, 6 epoch:s, 7 publications:[]Publication, 8 recovered:b, 9 offset:u64, 10 positioned:b, 11 data:y, 12 was_recovering:b, 13 delta:b, 14 id:i64
 SubRefreshRequest: 1 channel:s, 2 token:s, 3 type:i32
 ChannelRequest: 1 channel:s
 PublishRequest: 1 channel:s, 2 data:y, 3 type:i32, 4 key:s, 5 removed:b
@@ -47,6 +47,7 @@ HistoryRequest: 1 channel:s, 7 limit:i32, 8 since:StreamPosition, 9 reverse:b
 HistoryResult: 1 publications:[]Publication, 2 epoch:s, 3 offset:u64
 RPCRequest: 1 data:y, 2 method:s
 RPCResult: 1 data:y
+FilterNode: 1 op:s, 2 key:s, 3 cmp:s, 4 val:s, 5 vals:[]s, 6 nodes:[]FilterNode
 Empty:
 """  # noqa: E501
 

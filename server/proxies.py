@@ -22,11 +22,11 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
 from server import protocol
 from server.auth import Override
@@ -39,6 +39,7 @@ from server.errors import (
     Refused,
     Unavailable,
 )
+from server.history import HIGHEST_VERSION, Version
 from server.hooks import Allow, Change, Client, Disconnect, Exact, Hooks, Refuse, Remote, Renewal, Welcome
 from server.node import Node
 from server.observe import event
@@ -154,8 +155,8 @@ class _Published(msgspec.Struct):
     tags: dict[str, str] | None = None
     idempotency_key: str = ""
     delta: bool = False
-    version: int = 0
-    version_epoch: str = ""
+    version: Annotated[int, Meta(ge=0, le=HIGHEST_VERSION)] = 0
+    version_epoch: Annotated[str, Meta(max_length=256)] = ""
 
 
 class _Refreshed(msgspec.Struct):
@@ -463,12 +464,12 @@ class Publishing(Proxied):
         return self.endpoint.read(lambda: self._change(found))
 
     def _change(self, found: _Published) -> Change:
-        if found.version:
-            raise Nonsense("version is not offered")
         if len(found.idempotency_key) > 256:
             raise Nonsense("expected an idempotency_key of at most 256 characters")
         data = _bytes("data", found.data, found.b64data)
-        return Change(UNSET if data is None else Exact(data), found.tags, found.idempotency_key, found.skip_history)
+        data_or_unset = UNSET if data is None else Exact(data)
+        version = Version(found.version, found.version_epoch) if found.version else Version()
+        return Change(data_or_unset, found.tags, found.idempotency_key, found.skip_history, found.delta, version)
 
 
 class Refreshing(Proxied):

@@ -19,7 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Never, Protocol
 
 import msgspec
 
@@ -42,12 +42,14 @@ from server.errors import (
     SERVER_UNSUBSCRIBE,
     SLOW,
     STALE,
+    STATE_INVALIDATED,
     SUBSCRIPTION_EXPIRED,
     TOKEN_EXPIRED,
     TOO_MANY_ERRORS,
     TOO_MANY_REQUESTS,
     UNSUBSCRIBE_EXPIRED,
     UNSUBSCRIBE_INSUFFICIENT_STATE,
+    UNSUBSCRIBE_STATE_INVALIDATED,
     Disconnect,
     Disconnected,
     Refusal,
@@ -58,6 +60,7 @@ from server.errors import (
 from server.hooks import Client
 from server.hub import Subscription
 from server.jwks import Keys
+from server.limits import Rate
 from server.node import Node
 from server.observe import event
 from server.outbox import Outbox, Request
@@ -69,9 +72,11 @@ YEAR_S = 365 * 24 * 3600
 INBOX = 64
 """Commands that may wait behind a slow one before the socket is read no further."""
 
-LOGGED_REFUSALS = 20
 REFUSALS = 1000
-"""Refusals in a row of which the log has each, and after which the client is disconnected with 3509."""
+"""Refusals in a row after which the client is disconnected with 3509."""
+
+LOGGED = Rate.of(2, 20)
+"""Refusals of one client that the log has: so many a second, and so many at once."""
 
 INSTEAD = {
     TOKEN_EXPIRED.code: CONNECTION_EXPIRED,
@@ -81,7 +86,7 @@ INSTEAD = {
 }
 """How a one-way client is told that connect was refused, by the refusal's code; any other is 3004 (PROTOCOL 2.6)."""
 
-TURN = 200
+TURN = 50
 """Commands out of one client's inbox that are answered in one loop turn before others have theirs."""
 
 
@@ -95,8 +100,15 @@ class State(Enum):
     CLOSED = "over"
 
 
-class Gate(msgspec.Struct, frozen=True):
-    """Who checks tokens: one verifier for connections, one for subscriptions, and the keys both may have to fetch."""
+CONNECTED, CLOSED = State.CONNECTED, State.CLOSED
+"""Asked for several times for each command, and an Enum takes six times as long to look into as a module (3.11)."""
+
+
+class Gate(msgspec.Struct):
+    """Who checks tokens: one verifier for connections, one for subscriptions, and the keys both may have to fetch.
+
+    There is one for all; the verifiers are others when the settings are.
+    """
 
     connection: Verifier
     subscription: Verifier
@@ -142,10 +154,13 @@ class Session:
 
     __slots__ = (
         "_busy",
+        "_commands_full_at",
         "_inbox",
+        "_lines_full_at",
         "_paused",
         "_pong_by",
         "_refusals",
+        "_refusals_full_at",
         "_skills",
         "_stale_at",
         "arrived",
@@ -186,11 +201,13 @@ class Session:
         self._busy = False
         self._paused = False
         self._refusals = 0
+        self._commands_full_at = self._refusals_full_at = self._lines_full_at = 0.0
         self.granted: frozenset[str] = frozenset()
         self.arrived = 0.0
         self.handle = None if node.hooks is None else Client(self, node.hooks)
         self._stale_at = node.clock() + node.settings.client.stale_close_delay
-        node.connections += 1
+        node.arrive(request.remote_addr)
+        node.counts.opened[request.transport] += 1
         node.timetable.put(self, self._stale_at)
         event("connection.opened", client=self.client, transport=request.transport, address=request.remote_addr)
 
@@ -200,7 +217,7 @@ class Session:
     @property
     def closed(self) -> bool:
         """Is it over?  To be asked after every wait."""
-        return self.state is State.CLOSED
+        return self.state is CLOSED
 
     @property
     def following(self) -> list[str]:
@@ -226,8 +243,6 @@ class Session:
     # --- what the transport tells us ------------------------------------------
     def receive(self, message: bytes) -> None:
         """Take one message of the client, a batch of commands; never waits, never raises."""
-        if self.closed:
-            return
         try:
             commands = self.outbox.wire.codec.decode(message)
         except Disconnected as end:
@@ -237,7 +252,7 @@ class Session:
 
     def take(self, commands: Sequence[Command]) -> None:
         """Take commands of the client, at least one; never waits, never raises."""
-        if self.closed:
+        if self.state is CLOSED:
             return
         now = self.node.clock()
         inbox = self._inbox
@@ -261,8 +276,19 @@ class Session:
         """The peer does not take what it is sent; PROTOCOL 18."""
         self.disconnect(SLOW, "look at client.queue_max_size and client.outbox_stall_timeout")
 
+    def native_ping(self) -> None:
+        """A ping of the peer's transport, which has been answered; counts as a command (PROTOCOL 3.4.10)."""
+        full_at = self.node.command_rate.take(self._commands_full_at, self.node.clock())
+        if full_at is None:
+            limit = self.node.settings.client.command_rate_limit
+            self.disconnect(RATE_LIMITED, f"pings, look at client.command_rate_limit ({limit})")
+            return
+        self._commands_full_at = full_at
+
     def native_pong(self) -> None:
-        """The answer to a ping of the transport's own."""
+        """The answer to a ping of the transport's own, or one that nobody asked for (RFC 6455 5.5.3)."""
+        if self._pong_by == math.inf:
+            self.native_ping()
         self._pong_by = math.inf
 
     # --- commands in turn ------------------------------------------------------
@@ -341,9 +367,12 @@ class Session:
             self.disconnect(TOO_MANY_ERRORS, f"{REFUSALS} refusals in a row")
 
     def _note_refusal(self, method: str, refusal: Refusal, why: str) -> None:
-        """Log the first refusals in a row; a client that goes on and on does not fill the log."""
+        """Log some of the refusals: a client that goes on and on does not fill the log."""
         self._refusals += 1
-        if self._refusals <= LOGGED_REFUSALS:
+        self.node.counts.refused(refusal.code, why)
+        full_at = LOGGED.take(self._lines_full_at, self.node.clock())
+        if full_at is not None:
+            self._lines_full_at = full_at
             event("command.refused", client=self.client, method=method, code=refusal.code, why=why)
 
     def _dispatch(self, command: Command) -> Carrying:
@@ -357,9 +386,28 @@ class Session:
         method = methods[0]
         if not command.id and method != "send":
             raise Disconnected(MALFORMED, f"a command {method} has no id")
-        if self.state is not State.CONNECTED and (method != "connect" or self.state is not State.NEW):
+        if self.state is not CONNECTED and (method != "connect" or self.state is not State.NEW):
             raise Disconnected(MALFORMED, f"a command {method} came while the session {self.state.value}")
+        rate, now = self.node.command_rate, self.arrived
+        full_at = self._commands_full_at  # ``Rate.take``, here without its call
+        full_at = (full_at if full_at > now else now) + rate.cost_s
+        if full_at > now + rate.most_s:
+            self._refuse_flood()
+        self._commands_full_at = full_at
         return self._skills.methods[method](self, command)
+
+    def _refuse_flood(self) -> Never:
+        """The bucket of commands is empty: refuse one, and end who goes on at twice the rate; PROTOCOL 3.4.10.
+
+        Refusals have a bucket like that of the commands.
+        """
+        settings = self.node.settings.client
+        why = f"look at client.command_rate_limit ({settings.command_rate_limit})"
+        full_at = self.node.command_rate.take(self._refusals_full_at, self.arrived)
+        if full_at is None:
+            raise Disconnected(RATE_LIMITED, why)
+        self._refusals_full_at = full_at
+        raise Refused(TOO_MANY_REQUESTS, why)
 
     def reply(self, command: Command, method: str, result: protocol.Body = protocol.EMPTY) -> None:
         """Answer a command."""
@@ -372,7 +420,7 @@ class Session:
 
     def write(self, message: bytes) -> None:
         """Send one encoded message, in order behind the publications of this loop turn."""
-        if not self.closed:
+        if self.state is not CLOSED:
             self.node.hub.post(self.outbox, self.outbox.wire.frame(message))
 
     async def make_room(self) -> None:
@@ -407,11 +455,21 @@ class Session:
         """History no longer holds what this subscription needs next; PROTOCOL 11.2."""
         if subscription.closed:
             return
+        self.node.counts.lost += 1
         event("subscription.lost", client=self.client, channel=subscription.channel)
         if subscription.server_side:
             self.disconnect(INSUFFICIENT_STATE, f"history of {subscription.channel!r} was trimmed under it")
         else:
             self._end_subscription(subscription, UNSUBSCRIBE_INSUFFICIENT_STATE)
+
+    def invalidate(self, subscription: Subscription) -> None:
+        """The terms of this subscription are others now; PROTOCOL 9.5."""
+        if subscription.closed:
+            return
+        if subscription.server_side:
+            self.disconnect(STATE_INVALIDATED, f"the namespace of {subscription.channel!r} has other options now")
+        else:
+            self._end_subscription(subscription, UNSUBSCRIBE_STATE_INVALIDATED)
 
     # --- orders of the back end (PROTOCOL 15.2) -------------------------------------
     def unsubscribe_by_order(self, channel: str) -> None:
@@ -509,6 +567,9 @@ class Session:
         self.next_ping -= seconds
         self._pong_by -= seconds
         self._stale_at -= seconds
+        self._commands_full_at -= seconds
+        self._refusals_full_at -= seconds
+        self._lines_full_at -= seconds
         self.plan()
         if self.state is not State.CONNECTED and not self.closed:
             self.node.timetable.put(self, self._stale_at)
@@ -569,10 +630,11 @@ class Session:
         if disconnect is not None:
             self.node.hub.flush()
             fields.update(code=disconnect.code, reason=disconnect.reason, why=why)
+        self.node.counts.ended(disconnect.code if disconnect is not None else 0, why)
         event("connection.closed", **fields)
         self.state = State.CLOSED
         self._inbox = None
-        self.node.connections -= 1
+        self.node.depart(self.request.remote_addr)
         self.node.timetable.remove(self)
         self.node.dismiss(self)
         self.node.streams.pop(self.secret, None)

@@ -170,6 +170,10 @@ def _log_level(value: object) -> object:
     return "warn" if value == "warning" else value
 
 
+def _recovery_mode(value: object) -> object:
+    return value or "stream"
+
+
 def _only_stream(what: str) -> BeforeValidator:
     def check(value: object) -> str:
         if value not in ("stream", ""):
@@ -275,6 +279,7 @@ RedisUrl = Annotated[
     Kind("a URL", secret=True),
 ]
 HeaderName = Annotated[str, _matching(r"[-!#$%&'*+.^_`|~0-9A-Za-z]*", "the name of an HTTP header")]
+DeltaType = Annotated[Literal["fossil"], Kind('"fossil"')]
 HeaderNames = Annotated[tuple[str, ...], AfterValidator(_forwardable), Kind("a list of strings")]
 Headers = Annotated[
     dict[str, str],
@@ -327,6 +332,16 @@ class HttpServerSettings(Section):
     )
     port: Integer = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     tls: TlsSettings = Field(default_factory=TlsSettings, description="TLS of the HTTP server.")
+    internal_address: Address = Field(
+        default="127.0.0.1", description='Address of the internal port; "" listens on all of them.'
+    )
+    internal_port: Integer = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="TCP port, without TLS, that takes metrics, health, console and back-end API off http_server.port; "
+        "0: none.",
+    )
     trusted_proxies: Annotated[tuple[Network, ...], Kind("a list of IP addresses and networks")] = Field(
         default=(),
         description="Reverse proxies whose X-Forwarded-For is believed: IP addresses and networks (CIDR).",
@@ -519,14 +534,31 @@ class ClientSettings(Section):
         default=1_048_576, ge=1, description="Bytes that may wait for one connection before it is cut (3008)."
     )
     channel_limit: Integer = Field(default=128, ge=1, description="Subscriptions of one connection (106, 3505).")
+    command_rate_limit: Integer = Field(
+        default=500, ge=0, description="Commands a second of one connection (111; twice as many: 3013); 0: no limit."
+    )
+    command_burst: Integer = Field(
+        default=1_000, ge=1, description="Commands that a connection may send at once before command_rate_limit counts."
+    )
+    publish_rate_limit: Integer = Field(
+        default=200,
+        ge=0,
+        description="Publications a second of one user in one channel, over all processes (111); 0: no limit.",
+    )
     user_connection_limit: Integer = Field(
-        default=0, ge=0, description="Connections of one user to this process (3504); 0: no limit."
+        default=100, ge=0, description="Connections of one user to this process (3504); 0: no limit."
+    )
+    address_connection_limit: Integer = Field(
+        default=1_000,
+        ge=0,
+        description="Connections from one address to this process (HTTP 503); behind proxies needs "
+        "http_server.trusted_proxies; 0: no limit.",
     )
     connection_limit: Integer = Field(
-        default=0, ge=0, description="Connections to this process (HTTP 503); 0: no limit."
+        default=50_000, ge=0, description="Connections to this process (HTTP 503); 0: no limit."
     )
     connection_rate_limit: Integer = Field(
-        default=0, ge=0, description="New connections a second to this process (HTTP 503); 0: no limit."
+        default=500, ge=0, description="New connections a second to this process (HTTP 503); 0: no limit."
     )
     history_max_publication_limit: Integer = Field(
         default=300, ge=0, description="Publications in one answer to a client's history command; 0: no limit."
@@ -536,6 +568,9 @@ class ClientSettings(Section):
         ge=0,
         description="Publications that one recovery may bring; 0: no limit, since recovery is paged here "
         "(Centrifugo's default is 300).",
+    )
+    concurrent_recovery_limit: Integer = Field(
+        default=32, ge=0, description="Pages of history read at once for recoveries; others wait in turn; 0: no limit."
     )
     outbox_stall_timeout: Seconds = Field(
         default=10.0, gt=0.0, description="Time without any progress of a socket that has something waiting (3008)."
@@ -560,6 +595,11 @@ class ChannelOptions(Section):
     force_push_join_leave: bool = Field(
         default=False, description="Deliver joins and leaves to every subscriber, asked for or not."
     )
+    join_leave_limit: Integer = Field(
+        default=1_000,
+        ge=0,
+        description="Subscribers of a channel in one process above which that tells no joins and leaves; 0: no limit.",
+    )
     history_size: Integer = Field(
         default=0,
         ge=-1,
@@ -576,14 +616,25 @@ class ChannelOptions(Section):
     allow_positioning: bool = Field(default=False, description="Watch the position of subscriptions that ask for it.")
     force_recovery: bool = Field(default=False, description="Recovery for every subscription; needs history.")
     allow_recovery: bool = Field(default=False, description="Recovery for subscriptions that ask for it.")
-    force_recovery_mode: Annotated[Literal["stream"], _only_stream("recovery mode")] = Field(
-        default="stream", description="How recovery works: from publication to publication."
+    force_recovery_mode: Annotated[Literal["stream", "cache"], BeforeValidator(_recovery_mode)] = Field(
+        default="stream", description='What recovery brings: everything missed, or ("cache") the newest publication.'
+    )
+    auto_cache_recover: bool = Field(
+        default=False,
+        description="Bring the newest to every subscriber, asked for or not; needs force_recovery and cache.",
     )
     recovery_max_publication_limit: Integer = Field(
         default=0,
         ge=0,
         description="Publications that one recovery may bring; 0: client.recovery_max_publication_limit.",
     )
+    allowed_delta_types: Annotated[tuple[DeltaType, ...], Kind('a list of "fossil", or an empty one')] = Field(
+        default=(), description='Kinds of patches that subscribers may ask for in place of payloads: "fossil".'
+    )
+    delta_publish: bool = Field(
+        default=False, description="Send patches for every publication, not only for those published with delta."
+    )
+    allow_tags_filter: bool = Field(default=False, description="Subscribers may choose publications by their tags.")
     allow_subscribe_for_client: bool = Field(default=False, description="Signed-in users may subscribe without token.")
     allow_subscribe_for_anonymous: bool = Field(
         default=False, description="allow_subscribe_for_client holds for anonymous users, too."
@@ -703,6 +754,13 @@ class WebsocketSettings(Section):
     handler_prefix: HandlerPrefix = Field(default="/connection/websocket", description="Path of the transport.")
     message_size_limit: Integer = Field(
         default=65_536, ge=1, description="Bytes that one message of a client may have (close code 1009)."
+    )
+    compression: bool = Field(default=False, description="Compress messages for clients that offer permessage-deflate.")
+    compression_min_size: Integer = Field(
+        default=256, ge=0, description="Bytes below which a message is sent as it is, compression or not."
+    )
+    compression_level: Integer = Field(
+        default=1, ge=1, le=9, description="How hard to compress: 1 is quick, 9 small (zlib's levels)."
     )
 
 
@@ -874,10 +932,39 @@ class GuestsSettings(Section):
     )
 
 
+class PrometheusSettings(Section):
+    """Metrics for Prometheus (PROTOCOL 17.5)."""
+
+    enabled: bool = Field(default=False, description="Offer metrics.")
+    handler_prefix: HandlerPrefix = Field(default="/metrics", description="Path of them.")
+
+
+class AdminSettings(Section):
+    """The console (PROTOCOL 17.6)."""
+
+    enabled: bool = Field(default=False, description="Offer the console.")
+    handler_prefix: HandlerPrefix = Field(default="/admin", description="Path of it.")
+    password: Secret = Field(default="", description="Password that opens it.")
+    secret: Secret = Field(
+        default="",
+        description="Key that signs its tokens; empty: a new one at each start, which ends all visits. Set it where "
+        "several processes answer.",
+    )
+    ttl: Seconds = Field(default=12 * HOUR_S, ge=60.0, description="Time that a login is good.")
+
+
 class ShutdownSettings(Section):
     """How the server ends."""
 
-    timeout: Seconds = Field(default=30.0, description="Time for all clients to leave after SIGTERM.")
+    grace: Seconds = Field(
+        default=5.0, description="Time from SIGTERM, when it stops being ready, until it stops listening."
+    )
+    pace: int = Field(
+        default=100,
+        ge=0,
+        description="Clients then sent away in a second, more if two thirds of timeout would pass; 0: all at once.",
+    )
+    timeout: Seconds = Field(default=30.0, description="Time for all clients to leave after the grace.")
 
 
 class Settings(Section):
@@ -915,6 +1002,8 @@ class Settings(Section):
     mongo: MongoSettings = Field(default_factory=MongoSettings, description="History in MongoDB.")
     redis: RedisSettings = Field(default_factory=RedisSettings, description="Word between processes, and presence.")
     guests: GuestsSettings = Field(default_factory=GuestsSettings, description="Users with a name and no login.")
+    prometheus: PrometheusSettings = Field(default_factory=PrometheusSettings, description="Metrics for Prometheus.")
+    admin: AdminSettings = Field(default_factory=AdminSettings, description="The console.")
     shutdown: ShutdownSettings = Field(default_factory=ShutdownSettings, description="How the server ends.")
 
     _configured: bool = PrivateAttr(default=True)
@@ -956,6 +1045,8 @@ _CHAT: dict[str, Any] = {
 TRY_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "guests": {"enabled": True},
+        "prometheus": {"enabled": True},
+        "admin": {"enabled": True},
         **{
             transport: {"enabled": True}
             for transport in ("http_stream", "sse", "uni_sse", "uni_http_stream", "uni_websocket", "init")

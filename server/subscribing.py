@@ -3,15 +3,15 @@
 The order matters more than anything here.  A subscription is registered before
 its page of history is read (``Node.subscribe``); its reply and its first step to
 going live happen in one loop turn (``begin``), so that nothing can come between.
-PROTOCOL 4.2, 8.2, 10, 11.
+PROTOCOL 4.2, 8.2, 10, 11, 12.1, 13.1, 21.4.
 """
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
 
-from server import orders, protocol
+from server import filters, orders, protocol
 from server.auth import Override, SubscribeOptions, TokenExpired, TokenInvalid
 from server.channels import Namespace, grant, unknown_type
 from server.errors import (
@@ -31,11 +31,12 @@ from server.errors import (
     Unavailable,
 )
 from server.hooks import Allow, Client, Hook, Hooks
-from server.hub import Subscription, express
+from server.hub import Subscription
+from server.manners import Delta, Manner, bodies
 from server.observe import event
 from server.protocol import Command
 from server.session import Entrant, Session, json_info, ttl_s
-from server.stream import ClientInfo, Cursor, Page, Position, Publication, catch_up
+from server.stream import ClientInfo, Cursor, Page, Position, catch_up
 
 UNADORNED = SubscribeOptions(None, None)
 """A subscription as its namespace and the client have it."""
@@ -60,13 +61,28 @@ def subscribe(session: Session, command: Command) -> Coroutine[Any, Any, None]:
         raise Refused(unknown_type(request.type), f"subscription type {request.type} is not offered")
     if request.delta not in ("", "fossil"):
         raise Disconnected(MALFORMED, "an unknown delta type")
+    return _subscribe_patiently(session, command, request, namespace, _manner(session, request, namespace))
+
+
+def _manner(session: Session, request: protocol.SubscribeRequest, namespace: Namespace) -> Manner:
+    """How the client wants to be sent to, as far as that is granted; PROTOCOL 12.1, 13.1, 21.4."""
+    options, filter, delta = namespace.options, None, Delta.OFF
     if request.tf is not msgspec.UNSET:
-        raise Refused(BAD_REQUEST, "tag filters are not offered")
-    return _subscribe_patiently(session, command, request, namespace)
+        if not options.allow_tags_filter:
+            raise Refused(BAD_REQUEST, f"a filter; look at allow_tags_filter of namespace {namespace.name!r}")
+        try:
+            filter = filters.read(bytes(request.tf))
+        except ValueError as error:
+            raise Refused(BAD_REQUEST, str(error)) from None
+    elif request.delta in options.allowed_delta_types:
+        delta = Delta.FULL
+    # Not in Protobuf: where numbers of 64 bits are objects, centrifuge-js 5.8 finds no subscription by its number.
+    numbered = bool(request.flag & 1) and session.outbox.wire.format == "json"
+    return Manner.of(session.outbox.wire, numbered=numbered, filter=filter, delta=delta)
 
 
 async def _subscribe_patiently(
-    session: Session, command: Command, request: protocol.SubscribeRequest, namespace: Namespace
+    session: Session, command: Command, request: protocol.SubscribeRequest, namespace: Namespace, manner: Manner
 ) -> None:
     channel = request.channel
     options, expire_at = SubscribeOptions(None, None), 0
@@ -84,9 +100,13 @@ async def _subscribe_patiently(
         return
     if channel in session.subscriptions:
         raise Refused(ALREADY_SUBSCRIBED, "subscribed by the server meanwhile")
-    subscription, result, top = await join(session, channel, namespace, request, options, expire_at=expire_at)
+    subscription, result, top = await join(
+        session, channel, namespace, request, options, expire_at=expire_at, manner=manner
+    )
     if subscription.closed:
         if not session.closed:
+            if subscription.namespace is not session.node.channels.namespace(channel):
+                raise Unavailable("the options of its namespace have changed while it subscribed")
             raise Refused(PERMISSION_DENIED, "unsubscribed by the server while subscribing")
         return
     session.reply(command, "subscribe", result)
@@ -173,14 +193,18 @@ async def join(
     *,
     expire_at: int = 0,
     server_side: bool = False,
+    manner: Manner | None = None,
 ) -> tuple[Subscription, protocol.SubscribeResult, Position | None]:
     """Register, read, and work out the result; the caller replies and then calls ``begin`` in the same turn.
 
-    The permission has been checked.  Also returns where history stood.  Raises
-    ``Disconnected`` if the session ended before this could begin.
+    The permission has been checked.  Without a ``manner`` it is sent to as its wire has
+    it, and no more.  Also returns where history stood.  Raises ``Disconnected`` if the
+    session ended before this could begin, and ``Refused`` if its user is blocked in the
+    channel: from here on whoever blocks them finds the subscription (PROTOCOL 10.5).
     """
     if session.closed:
         raise Disconnected(CONNECTION_CLOSED, "it ended before it was subscribed")
+    session.node.blocking.check("subscribe", session.user, channel)
     granted = grant(
         session.node.channels,
         session.identity,
@@ -195,6 +219,7 @@ async def join(
         info = ClientInfo(info.user, info.client, info.conn_info, json_info(options.info))
     subscription = Subscription(session, session.outbox, channel, namespace, info)
     subscription.server_side = server_side
+    subscription.manner = manner or subscription.manner
     subscription.positioned = granted.positioned
     subscription.recoverable = granted.recoverable
     subscription.present = granted.presence
@@ -202,9 +227,10 @@ async def join(
     subscription.wants_joins = granted.joins
     subscription.expire_at = expire_at = expire_at or options.expire_at
     session.subscriptions[channel] = subscription
-    since = Position(request.offset, request.epoch) if request.recover and granted.recoverable else None
+    since = _since(request, namespace) if granted.recoverable else None
+    cached = namespace.options.force_recovery_mode == "cache"
     try:
-        page = await session.node.subscribe(subscription, since)
+        page = await session.node.subscribe(subscription, since, newest=cached)
         if not subscription.closed:
             await session.node.members.enter(subscription)
         result = _result(session, subscription, request, since, page)
@@ -225,12 +251,17 @@ def _result(
     page: Page | None,
 ) -> protocol.SubscribeResult:
     """The result of a subscription, from the page that was read for it; places its cursor.  PROTOCOL 11.3, 11.4."""
+    manner, feed = subscription.manner, subscription.feed
     result = protocol.SubscribeResult(positioned=subscription.positioned, recoverable=subscription.recoverable)
+    result.delta = manner.delta is not Delta.OFF
+    result.id = feed.number if manner.numbered and feed is not None else 0
     if page is None:
         return result
     top = page.top
     position = top
-    if since is not None:
+    if since is not None and subscription.namespace.options.force_recovery_mode == "cache":
+        position = _recover_newest(session, subscription, result, since, page)
+    elif since is not None:
         result.was_recovering = True
         caught = catch_up(since, page)
         limit = _recovery_limit(session, subscription.namespace)
@@ -238,10 +269,15 @@ def _result(
         if result.recovered:
             position = caught.position
             missed = caught.publications
-            result.publications = _express(session, subscription.namespace, missed, top.epoch)
+            result.publications = bodies(manner, missed, top.epoch, subscription.namespace, session.node.hub.patches)
+            if missed and result.delta:
+                subscription.base = missed[-1].data
             subscription.cursor = Cursor(Position(missed[-1].offset, top.epoch) if missed else position)
+            session.node.counts.recovered += 1
+            session.node.counts.recovery_publications.observe(max(0, top.offset - since.offset))
             event("subscription.recovered", client=session.client, channel=subscription.channel, since=since, top=top)
         else:
+            session.node.counts.unrecoverable += 1
             event(
                 "subscription.unrecoverable",
                 client=session.client,
@@ -252,18 +288,46 @@ def _result(
             )
             if request.flag & 2 and not subscription.server_side:
                 raise Refused(UNRECOVERABLE_POSITION)
-    if not result.recovered:
+    if subscription.cursor is None:
         subscription.cursor = Cursor(top)
     if subscription.positioned:
         result.offset, result.epoch = position.offset, position.epoch
     return result
 
 
-def _express(
-    session: Session, namespace: Namespace, publications: Sequence[Publication], epoch: str
-) -> list[protocol.Publication]:
-    format = session.outbox.wire.format
-    return [express(format, publication, epoch, namespace) for publication in publications]
+def _since(request: protocol.SubscribeRequest, namespace: Namespace) -> Position | None:
+    """Where a subscription that may recover wants to; with ``auto_cache_recover`` everybody does."""
+    if request.recover:
+        return Position(request.offset, request.epoch)
+    return Position() if namespace.options.auto_cache_recover else None
+
+
+def _recover_newest(
+    session: Session, subscription: Subscription, result: protocol.SubscribeResult, since: Position, page: Page
+) -> Position:
+    """Recover nothing but the newest publication; returns the position that the result says.  PROTOCOL 11.6."""
+    top, manner, hub = page.top, subscription.manner, session.node.hub
+    client, channel = session.client, subscription.channel
+    there = since.offset > 0 and since == top
+    result.was_recovering = True
+    result.recovered = there or bool(page.publications)
+    if result.recovered:
+        session.node.counts.recovered += 1
+        event("subscription.recovered", client=client, channel=channel, since=since, top=top)
+    else:
+        session.node.counts.unrecoverable += 1
+        event("subscription.unrecoverable", client=client, channel=channel, since=since, top=top, floor=page.floor)
+    if there or not page.publications:
+        return top
+    newest = Position(page.publications[-1].offset, top.epoch)
+    subscription.cursor = Cursor(newest)
+    wanted = [one for one in page.publications if manner.filter is None or manner.filter.matches(one.tags)][-1:]
+    if not wanted or since == Position(wanted[0].offset, top.epoch):
+        return newest
+    result.publications = bodies(manner, wanted, top.epoch, subscription.namespace, hub.patches)
+    if result.delta:
+        subscription.base = wanted[0].data
+    return Position(wanted[0].offset - 1, top.epoch)
 
 
 def _recovery_limit(session: Session, namespace: Namespace) -> int:
@@ -284,6 +348,7 @@ def postpone(subscription: Subscription, result: protocol.SubscribeResult) -> No
     """Let what was recovered follow as ordinary pushes instead of going with the result."""
     if result.publications:
         result.publications = []
+        subscription.base = None
         subscription.cursor = Cursor(Position(result.offset, result.epoch))
 
 
@@ -302,6 +367,10 @@ async def subscribe_by_order(session: Session, order: orders.SubscribeOrder) -> 
         )
     except (Unavailable, protocol.Inexpressible) as error:
         event("command.refused", client=session.client, method="subscribe", code=INTERNAL.code, why=str(error))
+        return
+    except Refused as refused:
+        code = refused.refusal.code
+        event("command.refused", client=session.client, method="subscribe", code=code, why=refused.why)
         return
     if subscription.closed:
         return

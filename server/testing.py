@@ -25,6 +25,7 @@ import msgspec
 
 from server import auth
 from server.app import App, Member, Message, Server
+from server.blocks.memory import MemoryBlocks
 from server.broker.memory import MemoryBroker
 from server.commands import SKILLS
 from server.configuration import load
@@ -519,13 +520,17 @@ async def harness(app: App | None = None, /, **sections: Any) -> AsyncIterator[W
     ``AppError`` for a faulty app, ``SettingsError`` for faulty settings.  An app
     may be used in one world at a time, and in many one after the other.
     """
-    base = {**TRY_OUT, "client": {**TRY_OUT["client"], "token": {"hmac_secret_key": KEY}}}
+    # Of what a newcomer can try, all but the console, which would ask for a password: nobody can open it here.
+    # And no limits by the clock, which stands still while a test says a hundred things.
+    unhurried = {"command_rate_limit": 0, "publish_rate_limit": 0, "token": {"hmac_secret_key": KEY}}
+    base = {**TRY_OUT, "admin": {}, "client": {**TRY_OUT["client"], **unhurried}}
     settings = load(config=None, environ={}, flags={**_merged(base, sections), "sqlite": {"path": ":memory:"}})
     clock = _Clock()
     node = Node(
         history=MemoryHistory(idempotency_ttl_ms=int(settings.channel.idempotency_ttl * 1000)),
         broker=MemoryBroker(),
         presence=MemoryPresence(settings.presence.lease),
+        blocks=MemoryBlocks(),
         settings=settings,
         clock=clock,
         name="test",

@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
 
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+"""A busy machine is no fault of ours: what must not grow is counted, not timed."""
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_loop() -> asyncio.AbstractEventLoop:
-    """It is never closed: what tests have left on it ends with the process."""
+def _one_loop() -> "Iterator[asyncio.AbstractEventLoop]":
+    """One for all; closed at the end, so that nobody complains that it was left open."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    return loop
+    yield loop
+    loop.close()
 
 
 @pytest.fixture(autouse=True)

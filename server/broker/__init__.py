@@ -96,7 +96,16 @@ class Bye(msgspec.Struct, frozen=True, tag="b"):
     sender: str
 
 
-Note = Ask | Answer | Hello | Bye
+class Spent(msgspec.Struct, frozen=True, tag="s"):
+    """``sender`` has let ``whose`` publish so many times in ``channel`` since it last said so (``limits.Quotas``)."""
+
+    sender: str
+    whose: str
+    channel: str
+    count: int
+
+
+Note = Ask | Answer | Hello | Bye | Spent
 """What processes tell one another apart from what happens in channels."""
 
 
@@ -114,6 +123,8 @@ class Broker(ABC):
     on_word: Callable[[Word], None] = staticmethod(_ignore)
     on_note: Callable[[Note], None] = staticmethod(_ignore)
     on_return: Callable[[], None] = staticmethod(_ignore_return)
+    on_taken: Callable[[float], None] = staticmethod(_ignore)
+    """Called with the seconds that a word waited until it was taken; of one word at a time."""
 
     trouble: str = ""
     """Why nothing is heard just now, in operator's words; ``""`` while all is well."""

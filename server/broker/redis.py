@@ -686,6 +686,8 @@ class Mouth(Line):
         self._wake = asyncio.Event()
         self._dropped = 0
         self._refusing = False
+        self._timed: _Said | None = None
+        """The word whose way is being timed."""
         self._said_all: asyncio.Future[None] | None = None
         self._verb = b"SPUBLISH" if broker.address.kind is Kind.CLUSTER else b"PUBLISH"
 
@@ -724,6 +726,7 @@ class Mouth(Line):
 
     async def _talk(self, wire: Wire) -> None:
         self._under_way.clear()  # what the last connection took with it is lost
+        self._timed = None
         match await wire.ask(self._verb, *self.broker.probe()):
             case ErrorReply("MOVED"):
                 pass  # we may, only not here
@@ -754,6 +757,9 @@ class Mouth(Line):
 
     def _taken(self, said: _Said, refusal: ErrorReply | None) -> None:
         if refusal is None:
+            if said is self._timed:
+                self._timed = None
+                self.broker.on_taken(asyncio.get_running_loop().time() - said.at)
             if self._refusing:
                 self._refusing = False
                 self._in_trouble("")
@@ -795,5 +801,6 @@ class Mouth(Line):
                 continue
             size += len(said.data)
             self._under_way.append(said)
+            self._timed = self._timed or said
             commands.append((self._verb, said.name, said.data))
         return commands

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from hopper import ask
-from support import Process, config
+from support import Process, config, token
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -29,6 +29,26 @@ async def publish(server: Process, channel: str, data: int) -> None:
     """Publish by REST."""
     reply = await ask(server.port, f"/v1/channels/{quote(channel)}/publications", body={"data": data})
     assert reply.status == 201
+
+
+async def test_a_browser_stays_away_if_it_is_told_to(browser: "Browser", tmp_path: Path) -> None:
+    """Of two streams that are ended one is to come back, which the browser does, and with the other one it waits."""
+    with Process(tmp_path, config()) as server:
+        page = await browser.new_page()
+        await page.goto(f"{server.http}/")
+        for user, code in (("gone", 4500), ("back", 4400)):
+            frame = await page.evaluate_handle("() => document.body.appendChild(document.createElement('iframe'))")
+            window = await frame.as_element().content_frame()
+            await window.evaluate(LISTEN, f"/v1/channels/chat:a/events?token={token({'sub': user})}")
+            await window.wait_for_function("() => window.opened === 1")
+            ended = {"user": user, "disconnect": {"code": code, "reason": "because"}}
+            assert (await ask(server.port, "/api/disconnect", body=ended, headers={"X-API-Key": "api-key"})).json == {
+                "result": {}
+            }
+        gone, back = page.frames[1:]
+        await back.wait_for_function("() => window.opened === 2", timeout=60_000)
+        assert await gone.evaluate("window.opened") == 1
+        await page.close()
 
 
 async def test_a_browser_resumes_by_itself(browser: "Browser", tmp_path: Path) -> None:

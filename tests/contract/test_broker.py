@@ -23,6 +23,7 @@ from server.broker import (
     Left,
     Note,
     Published,
+    Spent,
     Word,
 )
 from server.broker.memory import Bus, MemoryBroker
@@ -235,6 +236,7 @@ async def test_notes_reach_the_others(kind: Kind) -> None:
         Answer("id 1", "node 0", b"[1,2,null]"),
         Hello("node 0", b'{"name":"here"}'),
         Bye("node 0"),
+        Spent("node 0", "ann", "live:1", 25),
     ]
     async with kind.opened(3) as (giver, first, second):
         for note in notes:

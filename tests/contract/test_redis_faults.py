@@ -18,7 +18,8 @@ from conftest import ExpectedLog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from proxy import Proxy, lasting_port
+from ports import free_port
+from proxy import Proxy
 from redis_server import (
     RedisCluster,
     RedisServer,
@@ -568,7 +569,7 @@ async def _refused(url: str) -> str:
 
 async def test_a_redis_that_is_not_there() -> None:
     """An address where nobody listens, and a name that nobody has, are said to be so."""
-    port = lasting_port()
+    port = free_port()
     assert f"127.0.0.1:{port} cannot be reached" in await _refused(f"redis://:secret@127.0.0.1:{port}")
     assert f"127.0.0.1:{port} cannot be reached" in await _refused(f"redis+cluster://127.0.0.1:{port}")
     words = await _refused(f"redis+sentinel://127.0.0.1:{port}?sentinel_master_name=m")
@@ -640,7 +641,7 @@ async def test_a_master_that_no_sentinel_knows() -> None:
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``rediss`` encrypts; a certificate that is not trusted, and a Redis without TLS, are refused in words."""
     certificate, key = _self_signed(tmp_path)
-    port = lasting_port()
+    port = free_port()
     files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with RedisServer("--tls-port", str(port), *files) as redis:
         assert f"expected a certificate of 127.0.0.1:{port} that is trusted" in await _refused(
@@ -678,7 +679,7 @@ def _self_signed(folder: Path) -> tuple[Path, Path]:
 
 async def test_a_cluster_without_slots() -> None:
     """A cluster whose slots nobody serves yet is no cluster to use."""
-    with RedisServer("--cluster-enabled", "yes", "--cluster-port", str(lasting_port())) as node:
+    with RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as node:
         words = await _refused(f"redis+cluster://{node.address}")
         assert "expected nodes that serve slots" in words
 

@@ -5,6 +5,7 @@ mending it takes no search.
 """
 
 import configparser
+import json
 import logging
 import re
 from collections import Counter
@@ -12,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from google.protobuf.descriptor import FieldDescriptor
 
+import documents
 from server import errors, protobuf
-from server.configuration import reference
+from server.configuration import load, reference
 from server.observe import EVENTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,6 +40,8 @@ SCALARS = {
 }
 SECTIONS = sorted({row.name.partition(".")[0] for row in reference()})
 SETTING = re.compile(rf"`((?:{'|'.join(SECTIONS)})\.[a-z_.]+)`")
+
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # --- reading documents -------------------------------------------------------
@@ -202,11 +207,10 @@ def test_limits_have_their_true_defaults() -> None:
 
 def kind(field: FieldDescriptor) -> str:
     """A Protobuf field's type as appendix A writes it."""
-    if field.message_type is None:
-        return SCALARS[field.type]
-    if field.message_type.GetOptions().map_entry:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return "{}" + kind(field.message_type.fields_by_name["value"])
-    return ("[]" if field.is_repeated else "") + field.message_type.name
+    one = SCALARS[field.type] if field.message_type is None else field.message_type.name
+    return f"[]{one}" if field.is_repeated else one
 
 
 def test_field_numbers_are_those_of_the_code() -> None:
@@ -243,3 +247,55 @@ def test_every_dependency_is_documented() -> None:
     assert packages
     documented = {word.lower() for row in readme("dependencies") for word in re.findall(r"[\w.-]+", row[0])}
     assert packages - documented == set()
+
+
+# --- docs/ -------------------------------------------------------------------
+def test_tables_are_made_from_the_code() -> None:
+    """docs/settings.md and the README's tables are what ``python documents.py tables`` (or make docs) writes."""
+    for name, made in (
+        ("docs/settings.md", documents.settings_page()),
+        ("README.md", documents.with_tables((ROOT / "README.md").read_text())),
+    ):
+        assert (ROOT / name).read_text() == made, f"{name} is behind the code: python documents.py tables"
+
+
+def test_every_page_has_its_place(tmp_path: Path) -> None:
+    """mkdocs.yml leads to each page of docs/ and to those that lie elsewhere, and no link of theirs leads nowhere."""
+    documents.lay_out(tmp_path / "site")
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(_leaves(nav)) == sorted(path.name for path in (tmp_path / "site").glob("*.md"))
+
+
+def _leaves(nav: object) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, list | dict):
+        for one in nav.values() if isinstance(nav, dict) else nav:
+            yield from _leaves(one)
+
+
+def test_what_pages_name_exists() -> None:
+    """Each setting or log event, and each clause of the protocol, that a page names is there."""
+    names = {row.name for row in reference()}
+    groups = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    for page in PAGES:
+        text = page.read_text()
+        named = {name for name in SETTING.findall(text) if not re.search(r"\.(ts|js)$|^app\.server\.", name)}
+        if page.name != "hooks.md":  # there ``client`` and ``app`` are objects
+            assert named <= names | groups | EVENTS.keys(), page.name
+        assert set(cited(text)) <= clauses(PROTOCOL), page.name
+
+
+def test_configurations_in_pages_have_no_fault(tmp_path: Path) -> None:
+    """What a page shows as a configuration, in TOML or JSON, the server takes."""
+    seen = 0
+    for page in PAGES:
+        for kind, text in re.findall(r"^```(toml|json)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            shown = kind == "toml" or ("…" not in text and json.loads(text).keys() <= {*SECTIONS})
+            if not shown:
+                continue
+            file = tmp_path / f"config.{kind}"
+            file.write_text(text)
+            assert load(config=file, environ={}, flags={}).configured, page.name
+            seen += 1
+    assert seen >= 5

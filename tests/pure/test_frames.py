@@ -129,6 +129,72 @@ def test_cuts_do_not_matter(conversation: list[Said], data: st.DataObject) -> No
     assert parser.held_bytes == 0
 
 
+def outcome(parser: Parser, reads: list[bytes], *, short_way: bool) -> tuple[list[Event], str, int]:
+    """What a parser makes of these reads, what it finds wrong, and what it still holds."""
+    events: list[Event] = []
+    for read in reads:
+        message = parser.sole_text(read) if short_way else None
+        if message is not None:
+            events.append(message)
+            continue
+        try:
+            events += events_of(parser, read)
+        except Violation as violation:
+            return events, str(violation), parser.held_bytes
+    return events, "", parser.held_bytes
+
+
+@given(
+    st.lists(
+        st.one_of(
+            messages().map(lambda said: said.data),
+            control_frames().map(lambda said: said.data),
+            st.builds(client_frame, st.just(TEXT), small, fin=st.booleans(), reserved=st.sampled_from([0, 0x40])),
+            small.filter(bool),
+        ),
+        max_size=6,
+    ),
+    st.integers(1, 400),
+)
+def test_short_way(reads: list[bytes], limit: int) -> None:
+    """``sole_text`` gives what ``feed`` and ``next_event`` would have given, whatever was read before and comes now."""
+    assert outcome(Parser(limit), reads, short_way=True) == outcome(Parser(limit), reads, short_way=False)
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 300, 65_535])
+def test_short_way_is_taken(size: int) -> None:
+    """A text frame that stands alone goes the short way, up to the limit and up to 64 KB."""
+    assert Parser(LIMIT).sole_text(client_frame(TEXT, b"x" * size)) == b"x" * size
+    assert Parser(size).sole_text(client_frame(TEXT, b"x" * size)) == b"x" * size
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        client_frame(TEXT, b"x" * 300)[:-1],
+        client_frame(TEXT, b"x") + b"\x81",
+        client_frame(TEXT, b"x" * 127, fin=False),
+        b"\x81\xff" + client_frame(TEXT, b"x" * 127)[4:],
+        b"\x81\xfe\x00\x7d" + KEY + b"x" * 125,
+        client_frame(TEXT, b"x" * 401),
+        client_frame(TEXT, "ü".encode()),
+        client_frame(TEXT, b"\xff"),
+        client_frame(BINARY, b"x"),
+        client_frame(TEXT, b"x", reserved=0x40),
+        text_frame(b"xxxxxx"),
+        client_frame(CLOSE),
+        b"\x81",
+    ],
+)
+def test_short_way_is_narrow(read: bytes) -> None:
+    """What is no whole plain frame, or wants a check, goes the long way, and so does what comes behind such a thing."""
+    assert Parser(400).sole_text(read) is None
+    for before in (b"\x81", client_frame(TEXT, b"a", fin=False), client_frame(CLOSE)):
+        parser = Parser(400)
+        events_of(parser, before)
+        assert parser.sole_text(client_frame(TEXT, b"x")) is None
+
+
 @given(conversations, st.data())
 def test_asking_may_stop_between_events(conversation: list[Said], data: st.DataObject) -> None:
     """Who stops asking in the middle of a read gets the rest later, in order, also when more was fed meanwhile."""

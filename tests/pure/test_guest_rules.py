@@ -13,7 +13,8 @@ from support import SECRET, settings, token
 from server.auth import Verifier, sign
 from server.configuration import SettingsError, load
 from server.errors import Unavailable
-from server.guests import Buckets, Guests, clean_name, kept_key, with_key
+from server.guests import Guests, clean_name, kept_key, with_key
+from server.limits import Buckets
 
 NOW = 1_800_000_000.0
 DAY_S = 86_400.0

@@ -10,7 +10,7 @@ import pytest
 from conftest import ExpectedLog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from weather import CHANNEL, World, live_through
+from weather import CHANNEL, MANNERS, World, live_through
 
 ACTS = st.sampled_from(
     ["say 1", "say 1", "say 3", "say 250", "join", "join", "cut", "cut", "wait 0.01", "wait 0.1", "wait 1", "wait 6"]
@@ -23,7 +23,7 @@ QUIET = settings(max_examples=200, deadline=None, suppress_health_check=list(Hea
 
 
 async def _play(random: Random, story: list[str]) -> World:
-    async with World(random) as world:
+    async with World(random, manners=tuple(MANNERS)) as world:
         for act in story:
             verb, _, number = act.partition(" ")
             match verb:
@@ -46,7 +46,8 @@ async def _play(random: Random, story: list[str]) -> World:
 @QUIET
 @given(SEEDS, CROWDS, st.lists(ACTS, min_size=4, max_size=60))
 def test_everybody_hears_everything_once_and_in_order(seed: int, crowd: list[str], story: list[str]) -> None:
-    """Each subscriber sees every offset once, in order, and reaches the top; nobody is told that history is gone."""
+    """Each subscriber sees every offset it wants once, in order, byte by byte, and reaches the top, in whatever manner
+    it is sent to; nobody is told that history is gone."""
 
     async def run() -> None:
         world = await _play(Random(seed), [*crowd, *story])

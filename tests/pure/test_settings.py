@@ -307,10 +307,11 @@ def test_names_that_are_no_text_are_unknown(tmp_path: Path) -> None:
         ),
         (
             "channel.without_namespace.force_recovery_mode",
-            "cache",
-            '"stream", the only recovery mode there is here',
-            "'cache'",
+            "map",
+            '"stream" or "cache"',
+            "'map'",
         ),
+        ("channel.without_namespace.allowed_delta_types", "fossil", 'a list of "fossil", or an empty one', "'fossil'"),
         ("http_api.handler_prefix", "api", 'a path such as "/connection/websocket"', "'api'"),
         ("http_api.handler_prefix", "/", 'a path such as "/connection/websocket"', "'/'"),
         ("presence.lease", "500ms", "a duration ≥ 1s", "500ms"),
@@ -481,6 +482,16 @@ def options(**given: Any) -> dict[str, Any]:
         (options(history_ttl="-1"), "channel.without_namespace.history_size", "both or neither"),
         (options(force_recovery=True), "channel.without_namespace.force_recovery", "history_size and history_ttl"),
         (
+            options(history_size=1, history_ttl="1h", force_recovery=True, auto_cache_recover=True),
+            "channel.without_namespace.auto_cache_recover",
+            'force_recovery, and "cache" for its mode',
+        ),
+        (
+            options(history_size=1, history_ttl="1h", force_recovery_mode="cache", auto_cache_recover=True),
+            "channel.without_namespace.auto_cache_recover",
+            'force_recovery, and "cache" for its mode',
+        ),
+        (
             options(history_size=1, history_ttl="721h"),
             "channel.without_namespace.history_ttl",
             "at most channel.history_meta_ttl (720h)",
@@ -532,6 +543,18 @@ def options(**given: Any) -> dict[str, Any]:
             "init.handler_prefix",
             "a path apart from http_api.handler_prefix",
         ),
+        (
+            {"admin": {"enabled": True, "password": "p", "handler_prefix": "/api/console"}},
+            "http_api.handler_prefix",
+            "a path apart from admin.handler_prefix",
+        ),
+        ({"admin": {"enabled": True}}, "admin.password", "a password, or admin.secret"),
+        (
+            {"admin": {"enabled": True, "secret": "one"}, "client": {"token": {"hmac_secret_key": "one"}}},
+            "admin.secret",
+            "another key than client.token.hmac_secret_key",
+        ),
+        ({"http_server": {"internal_port": 8000}}, "http_server.internal_port", "another port"),
     ],
 )
 def test_contradictions_are_refused(flags: dict[str, Any], name: str, words: str) -> None:
@@ -560,6 +583,8 @@ def test_right_neighbours_of_contradictions_are_accepted() -> None:
     flagged(**options(history_size=1, history_ttl="721h", history_meta_ttl="721h"))
     flagged(websocket={"disabled": True}, http_api={"handler_prefix": "/connection"})
     flagged(websocket={"handler_prefix": "/api2"})
+    flagged(admin={"enabled": True, "secret": "one"}, client={"token": {"hmac_secret_key": "another"}})
+    flagged(http_server={"internal_port": 8001})
 
 
 def test_contradiction_names_every_source(tmp_path: Path) -> None:
@@ -683,8 +708,9 @@ def test_secrets_are_hidden() -> None:
 
 
 def test_no_name_of_a_secret_was_forgotten() -> None:
-    """Whatever is called a key or a secret is one, public keys and times apart."""
-    named = {row.name for row in reference() if "key" in row.name.split(".")[-1] or "secret" in row.name}
+    """Whatever is called a key, a password or a secret is one, public keys and times apart."""
+    words = ("key", "password", "secret")
+    named = {row.name for row in reference() if any(word in row.name.split(".")[-1] for word in words)}
     named -= {name for name in named if "public_key" in name or name.endswith("_valid_until")}
     assert named == {row.name for row in reference() if row.type == "string (secret)"}
 
@@ -704,7 +730,8 @@ def test_faults_do_not_tell_secrets() -> None:
 
 def test_what_is_shown_can_be_read_again(tmp_path: Path) -> None:
     """The shown settings, written to a file, give the same settings where there is no secret."""
-    settings = load(config=None, environ={}, flags={**TRY_OUT, "guests": {}, "client": {"stale_close_delay": "1500ms"}})
+    own = {"stale_close_delay": "1500ms"}
+    settings = load(config=None, environ={}, flags={**TRY_OUT, "guests": {}, "admin": {}, "client": own})
     shown = without_secrets(settings)
     assert shown["client"]["stale_close_delay"] == "1500ms"
     assert shown["client"]["ping_interval"] == "25s"

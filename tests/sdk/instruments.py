@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import centrifuge  # type: ignore[import-untyped]
 import support
 from cent import AsyncClient, PublishRequest
-from centrifuge import ClientEventHandler, ReplyError, StreamPosition, SubscriptionEventHandler
+from centrifuge import ClientEventHandler, DeltaType, FilterNode, ReplyError, StreamPosition, SubscriptionEventHandler
 from support import PATIENCE_S, Process, Site, token
 
 from server.configuration import load
@@ -112,7 +112,8 @@ class Player(ABC):
         """Begin to subscribe.
 
         ``options``: ``token``, ``get_token``, ``get_state`` (true: ask the test),
-        ``join_leave``, ``positioned``, ``recoverable``.
+        ``join_leave``, ``positioned``, ``recoverable``, ``delta`` (``"fossil"``),
+        ``tags_filter`` (a node as the protocol has it).
         """
 
     @abstractmethod
@@ -263,6 +264,10 @@ class PythonPlayer(Player):
             options["get_token"] = self._get_token
         if options.pop("get_state", False):
             options["get_state"] = self._get_state
+        if "delta" in options:
+            options["delta"] = DeltaType(options["delta"])
+        if "tags_filter" in options:
+            options["tags_filter"] = FilterNode(options["tags_filter"])
         shortest, longest = RECONNECT_S
         subscription = self._client.new_subscription(
             channel,

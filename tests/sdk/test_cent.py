@@ -83,6 +83,28 @@ async def test_publish_is_idempotent() -> None:
         assert (await api.history(HistoryRequest(channel="chat:1"))).offset == 1
 
 
+async def test_publish_by_version() -> None:
+    """PROTOCOL 11.8.3: what is outdated is not published and gets the top, by publish and by broadcast."""
+    async with serving_api() as (_, api):
+
+        async def publish(version: int, epoch: str = "") -> int:
+            request = PublishRequest(channel="chat:1", data=version, version=version, version_epoch=epoch)  # type: ignore[call-arg]
+            return (await api.publish(request)).offset or 0
+
+        assert [await publish(2, "a"), await publish(2, "a"), await publish(1), await publish(1, "b")] == [1, 1, 1, 2]
+        raced = await asyncio.gather(*(publish(number, "b") for number in (5, 5, 5)))
+        assert raced == [3, 3, 3]
+        channels = ["chat:1", "chat:2", "live:1"]
+        request = BroadcastRequest(channels=channels, data="all", version=4, version_epoch="b")  # type: ignore[call-arg]
+        one, two, live = (await api.broadcast(request)).responses
+        assert one.result is not None
+        assert two.result is not None
+        assert live.error is not None
+        assert (one.result.offset, two.result.offset, live.error.code) == (3, 1, 108)
+        told = (await api.history(HistoryRequest(channel="chat:1", limit=-1))).publications
+        assert [each.data for each in told] == [2, 1, 5]
+
+
 async def test_publish_refused() -> None:
     """An unknown namespace is 102, no channel or bad base64 107."""
     async with serving_api() as (_, api):

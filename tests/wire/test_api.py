@@ -84,11 +84,15 @@ async def test_bodies_that_are_no_calls() -> None:
 
 
 async def test_what_is_not_offered_is_refused() -> None:
-    """A version is not passed over (108), broken base64 is 107, so is an unknown switch; deltas may be asked for."""
+    """Where nothing is kept, a version is not passed over (108); broken base64 is 107, so is an unknown switch."""
     async with serving(settings(channel={"namespaces": SPACES})) as site:
         client = await Client.connected(site.url, token=token({"sub": "42"}))
         assert await _call(site, "publish", channel="live:a", data=1, delta=True) == {"result": {}}
-        assert await _code(site, "publish", channel="chat:a", data=1, version=3) == 108
+        assert await _code(site, "publish", channel="live:a", data=1, version=3) == 108
+        assert await _code(site, "publish", channel="chat:a", data=1, version=3, skip_history=True) == 108
+        for wrong in (-1, 2**63, 1.5, "3"):
+            assert await _code(site, "publish", channel="chat:a", data=1, version=wrong) == 107
+        assert await _code(site, "publish", channel="chat:a", data=1, version=3, version_epoch="x" * 257) == 107
         assert await _code(site, "publish", channel="chat:a", b64data="%%%") == 107
         assert (
             await _code(site, "subscribe", user="42", channel="chat:a", override={"nonsense": {"value": True}}) == 107

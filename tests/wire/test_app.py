@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support import KEPT, OPEN, ROOT, Client, Process, config, serving, settings
 from server.app import Allow, App, Change, Disconnect, Refuse, Welcome
 from server.app import Client as Guest
 from server.errors import Refused, Unavailable
-from server.stream import Position
+from server.stream import Position, Publication
 from server.testing import ConnectionEnded, ReplyError, World, harness
 
 CLOSED = {"allow_anonymous_connect_without_token": False}
@@ -232,6 +233,32 @@ async def test_publishing_changes_and_refuses(channel: str) -> None:
             ("quiet", {"was": "loud"}),
             ("quiet", {"was": "loud"}),
         ]
+
+
+async def test_a_publication_may_be_wished_for_as_a_patch() -> None:
+    """PROTOCOL 12.3.1: a hook may wish so for what a client publishes, and the app for what it publishes itself."""
+    app = App()
+
+    @app.publishing
+    async def publishing(client: Guest, channel: str, data: str) -> Change | None:
+        return Change(delta=True) if data == "patch" else None
+
+    async with harness(app) as world:
+        wishes: list[tuple[bytes, bool]] = []
+        history = world.node.history
+        commit = history.on_commit
+
+        def listen(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+            wishes.extend((publication.data, publication.delta) for publication in publications)
+            commit(channel, epoch, publications)
+
+        history.on_commit = listen
+        ann = await world.connect("ann")
+        for data in ("full", "patch"):
+            await ann.publish("chat:a", data)
+        await app.server.publish("chat:a", "own", delta=True)
+        await app.server.publish("chat:a", "plain")
+        assert wishes == [(b'"full"', False), (b'"patch"', True), (b'"own"', True), (b'"plain"', False)]
 
 
 async def test_the_app_itself_is_not_asked() -> None:

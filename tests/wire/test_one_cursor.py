@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-from hopper import Hopper, ask, publish_all
+from hopper import ALWAYS, EMULATED, Hopper, ask, publish_all
+from streams import settings as streamed
 from support import Process, config, serving
 
 COUNT = 150
@@ -13,10 +14,12 @@ COUNT = 150
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_hopping_in_one_process(seed: int) -> None:
-    """Memory history: what readers receive on four transports in turn is history, in order, once."""
+    """Memory history: what readers receive on six transports in turn is history, in order, once."""
     dice = random.Random(seed)
-    async with serving() as site:
-        hoppers = [Hopper([site.port], "chat:hop", random.Random(seed * 100 + number)) for number in range(4)]
+    ways = [*ALWAYS, *EMULATED]
+    async with serving(streamed()) as site:
+        lots = [random.Random(seed * 100 + number) for number in range(4)]
+        hoppers = [Hopper([site.port], "chat:hop", one, ways=ways) for one in lots]
         async with asyncio.TaskGroup() as group:
             for hopper in hoppers:
                 group.create_task(hopper.hop(COUNT))
@@ -24,7 +27,7 @@ async def test_hopping_in_one_process(seed: int) -> None:
         for hopper in hoppers:
             assert [one["data"] for one in hopper.received] == list(range(COUNT))
             assert [one["offset"] for one in hopper.received] == list(range(1, COUNT + 1))
-        assert {kind for hopper in hoppers for kind in hopper.legs} == {"websocket", "events", "poll", "rest"}
+        assert {kind for hopper in hoppers for kind in hopper.legs} == set(ways)
 
 
 async def test_hopping_over_a_killed_server(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from server.channels import Identity
 from server.configuration import load
 from server.errors import Refused
 from server.proxies import AT_ONCE, WAITING
+from server.stream import Publication
 
 Asked = dict[str, Any]
 Answer = Any
@@ -425,6 +426,19 @@ async def test_publish_asks_and_obeys() -> None:
         await client.close()
 
 
+async def test_publish_by_version() -> None:
+    """PROTOCOL 11.8.3: what the back end calls outdated is not published, and the client is told the top."""
+    async with asking("publish", more=ANONYMOUS) as (site, app):
+        client = await Client.connected(site.url)
+        for version, epoch, offset in ((2, "a", 1), (2, "a", 1), (1, "", 1), (3, "", 2), (1, "b", 3)):
+            app.answers["publish"] = {"result": {"version": version, "version_epoch": epoch}}
+            answer = await client.ask("rpc", method="publish", data={"channel": "ask:1", "data": version})
+            assert answer["data"]["offset"] == offset
+        page = await client.ask("history", channel="ask:1", limit=-1)
+        assert [each["data"] for each in page["publications"]] == [2, 3, 1]
+        await client.close()
+
+
 async def test_publish_keeps_the_bytes() -> None:
     """What the back end answers goes out as it wrote it, number precision and order of keys included."""
     async with asking("publish", more=ANONYMOUS) as (site, app):
@@ -435,6 +449,26 @@ async def test_publish_keeps_the_bytes() -> None:
         client.watch = seen.append
         await client.ask("history", channel="ask:1", limit=1)
         assert '"data":{"z": 1.50, "a": 10000000000000000000001}' in seen[0]
+        await client.close()
+
+
+@pytest.mark.parametrize("wish", [False, True])
+async def test_publish_may_wish_for_a_patch(wish: bool) -> None:
+    """PROTOCOL 12.3.1, 16.4.2: ``delta`` of the answer goes with the publication."""
+    async with asking("publish", more=ANONYMOUS) as (site, app):
+        wishes: list[bool] = []
+        history = site.node.history
+        commit = history.on_commit
+
+        def listen(channel: str, epoch: str, publications: Sequence[Publication]) -> None:
+            wishes.extend(publication.delta for publication in publications)
+            commit(channel, epoch, publications)
+
+        history.on_commit = listen
+        client = await Client.connected(site.url)
+        app.answers["publish"] = {"result": {"delta": wish}}
+        await client.ask("publish", channel="ask:1", data=1)
+        assert wishes == [wish]
         await client.close()
 
 
@@ -469,7 +503,9 @@ async def test_a_back_end_that_publishes_nonsense(log: ExpectedLog) -> None:
             {"data": "x" * 600_000},
             {"b64data": "%"},
             {"b64data": base64.b64encode(b"\xff").decode()},
-            {"version": 3},
+            {"version": 3, "skip_history": True},
+            {"version": -3},
+            {"version": 3, "version_epoch": "x" * 257},
             {"idempotency_key": "x" * 257},
             {"tags": {"a": 1}},
         ):

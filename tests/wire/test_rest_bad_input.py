@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
+from conftest import ExpectedLog
 from hopper import Reply, ask, head_of, read_head, vanish
 from support import KEPT, Client, serving, settings
 from test_rest import bearer, data_of, path, publish
@@ -145,6 +147,23 @@ async def test_bodies_that_are_none() -> None:
         fine = {"Content-Type": "Application/JSON; charset=utf-8", "Idempotency-Key": "k" * 256}
         assert (await ask(site.port, path("chat:a"), body={"data": None, "more": 1}, headers=fine)).status == 201
         assert data_of(await ask(site.port, path("chat:a"))) == [None]
+
+
+async def test_a_flood_of_refusals_does_not_fill_the_log(log: ExpectedLog) -> None:
+    """Each is answered and counted; the log has one a second of the same kind, with how many it stands for."""
+    async with serving() as site:
+        begun = time.monotonic()
+        for number in range(60):
+            check_problem(await ask(site.port, path("chat:a", f"since=bad{number}")), 400, 107)
+            check_problem(await ask(site.port, path("none:a")), 404, 102)
+        lines = log.seen("command.refused")
+        assert len(lines) <= 2 * (time.monotonic() - begun + 1)
+        assert {(one["method"], one["address"], one["code"]) for one in lines} == {
+            ("rest", "127.0.0.1", 107),
+            ("rest", "127.0.0.1", 102),
+        }
+        assert sum(one["count"] for one in lines) <= 120
+        assert (site.node.counts.refusals[107], site.node.counts.refusals[102]) == (60, 60)
 
 
 async def test_methods_that_are_none() -> None:

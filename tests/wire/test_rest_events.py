@@ -7,6 +7,7 @@ import random
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import pytest
 from conftest import ExpectedLog
 from hopper import Cut, Event, EventStream, ask, events, head_of, read_head, vanish
 from support import KEPT, OPEN, PATIENCE_S, Client, Site, serving, settings, token
@@ -472,6 +473,58 @@ async def test_limits_hold_for_streams(log: ExpectedLog) -> None:
         await gone(site)
 
 
+async def test_only_the_newest_connection_stays() -> None:
+    """With ``single_connection`` a stream ends its user's others once it has begun, and is ended by newer ones."""
+    personal = {"enabled": True, "single_connection": True, "personal_channel_namespace": "chat"}
+    async with serving(settings(client={"subscribe_to_user_personal_channel": personal})) as site:
+        bystander = await Client.connected(site.url, token=token({"sub": "43"}))
+        client = await Client.connected(site.url, token=token({"sub": "42"}))
+        assert (await EventStream.open(site.port, stream_of("none:a"), bearer(sub="42"))).status == 404
+        assert (await ask(site.port, stream_of("chat:a"), method="HEAD", headers=bearer(sub="42"))).status == 200
+        await client.ask("publish", channel="chat:a", data="still here")
+        async with events(site.port, stream_of("chat:a"), bearer(sub="42")) as first:
+            await first.began()
+            assert await client.closed() == (3504, "connection limit")
+            async with events(site.port, stream_of("chat:a"), bearer(sub="42")) as second:
+                await second.began()
+                end = await first.next()
+                assert (end.kind, end.data) == ("disconnect", {"code": 3504, "reason": "connection limit"})
+                client = await Client.connected(site.url, token=token({"sub": "42"}))
+                assert (await second.next()).data["code"] == 3504
+        await client.ask("publish", channel="chat:a", data="still here")
+        await bystander.ask("publish", channel="chat:a", data="still here")
+
+
+async def test_a_poll_ends_nobody_and_is_ended() -> None:
+    """With ``single_connection`` a request that waits spares its user's connection; the next connection ends it."""
+    personal = {"enabled": True, "single_connection": True, "personal_channel_namespace": "chat"}
+    async with serving(settings(client={"subscribe_to_user_personal_channel": personal})) as site:
+        following = Following(site.node.hub)
+        client = await Client.connected(site.url, token=token({"sub": "42"}))
+        headers = {**bearer(sub="42"), "Prefer": "wait=60"}
+        polling = asyncio.create_task(ask(site.port, path("chat:a", "since=:0"), headers=headers))
+        await following.until(1, "chat:a")
+        await client.ask("publish", channel="chat:b", data="still here")
+        async with events(site.port, stream_of("chat:b"), bearer(sub="42")) as stream:
+            await stream.began()
+            ended = await polling
+            assert (ended.status, ended.json["code"], ended.headers["retry-after"]) == (429, 3504, "1")
+            assert await client.closed() == (3504, "connection limit")
+
+
+@pytest.mark.parametrize(
+    ("code", "retry"), [(3001, False), (3499, False), (3500, True), (3503, True), (4100, False), (4500, True)]
+)
+async def test_who_is_to_stay_away_is_told_so(code: int, retry: bool) -> None:
+    """A code after which no SDK comes back tells a browser, which knows no codes, to wait a day; no other does."""
+    async with serving() as site, events(site.port, stream_of("chat:a"), bearer(sub="42")) as stream:
+        await stream.began()
+        body = {"user": "42", "disconnect": {"code": code, "reason": "because"}}
+        assert (await ask(site.port, "/api/disconnect", body=body, headers={"X-API-Key": "api-key"})).status == 200
+        assert (await stream.next()).data == {"code": code, "reason": "because"}
+        assert stream.retry_ms == (86_400_000 if retry else None)
+
+
 async def test_a_reader_that_does_not_read_is_cut(log: ExpectedLog) -> None:
     """Who takes nothing is cut with 3008, its memory bounded; others get everything, and it comes back by its id."""
     limit = 300_000
@@ -597,3 +650,41 @@ async def test_pages_of_other_origins() -> None:
         refused = await EventStream.open(site.port, stream_of("chat:a"), {"Origin": "https://evil.example"})
         assert (refused.status, refused.problem["code"]) == (403, 103)
         assert "access-control-allow-origin" not in refused.headers
+
+
+async def test_what_another_site_puts_into_its_pages() -> None:
+    """An image or a link of another site, with whatever cookies, begins no stream: nobody enters, no hook is asked."""
+    app = App()
+    asked: list[str] = []
+
+    @app.connecting
+    async def connecting(client: AppClient) -> None:
+        asked.append(client.transport)
+
+    async with serving(settings(client={"allowed_origins": ["https://good.example"]})) as site:
+        app.attach(site.node)
+        for elsewhere in ("cross-site", "same-site"):
+            image = {"Sec-Fetch-Site": elsewhere, "Sec-Fetch-Mode": "no-cors"}
+            for where in (stream_of("chat:a"), stream_of("chat:a", "chat:b"), stream_of("chat:a", token="")):
+                refused = await EventStream.open(site.port, where, image)
+                assert (refused.status, refused.problem["code"]) == (403, 103)
+                assert (await ask(site.port, where, method="HEAD", headers=image)).status == 403
+        assert (site.node.connections, asked) == (0, [])
+
+        # Its own pages and people who type the address may, and so may who brings a token along.
+        for welcome in ({"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}):
+            async with events(site.port, stream_of("chat:a"), welcome) as stream:
+                await stream.began()
+        for where, headers in (
+            (stream_of("chat:a", token=token({"sub": "42"})), {}),
+            (stream_of("chat:a"), bearer(sub="42")),
+        ):
+            async with events(site.port, where, {**headers, "Sec-Fetch-Site": "cross-site"}) as stream:
+                await stream.began()
+        # With an origin it is the origin that counts.
+        allowed = {"Sec-Fetch-Site": "cross-site", "Origin": "https://good.example"}
+        async with events(site.port, stream_of("chat:a"), allowed) as stream:
+            await stream.began()
+        assert asked == ["events"] * 6
+        await gone(site)
+        await app.finish(PATIENCE_S)

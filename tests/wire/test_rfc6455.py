@@ -32,18 +32,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tornado.httpclient import HTTPRequest
+from tornado.httputil import HTTPServerRequest
 from tornado.util import _websocket_mask
 
 from handlers.frames import BINARY, CLOSE, PING, PONG, TEXT
-from handlers.socket import (
-    SocketHandler,
-    SocketOutbox,
-    Sockets,
-    client_address,
-    handshake_fault,
-    negotiate,
-    origin_allowed,
-)
+from handlers.handshake import SocketHandshakes, handshake_fault, negotiate
+from handlers.origins import client_address, origin_allowed
+from handlers.socket import SocketOutbox, Sockets
 from server import errors
 from server.outbox import Outbox, Request
 
@@ -179,6 +174,9 @@ class Hearer:
         self._news.set()
         self.outbox.close(errors.SLOW)
 
+    def native_ping(self) -> None:
+        """See ``Session``."""
+
     def native_pong(self) -> None:
         """See ``Session``."""
         self.pongs += 1
@@ -214,7 +212,7 @@ class Site:
         self.sessions: list[Hearer] = []
         self.arrivals: asyncio.Queue[Hearer] = asyncio.Queue()
         self.sockets = Sockets(self._connect, **options)
-        self.handlers: list[weakref.ref[object]] = []
+        self.requests: list[weakref.ref[HTTPServerRequest]] = []
 
     def _connect(self, outbox: Outbox, request: Request) -> Hearer:
         session = Hearer(self, outbox, request)
@@ -244,12 +242,12 @@ async def serving(
     """A server on a free port of this loop; at the end no socket of it is open."""
     site = Site(act, **options)
 
-    class Watched(SocketHandler):
-        async def get(self) -> None:
-            site.handlers += [weakref.ref(self), weakref.ref(self.request)]
-            await super().get()
+    class Watched(SocketHandshakes):
+        def welcome(self, request: HTTPServerRequest) -> None:
+            site.requests.append(weakref.ref(request))
+            super().welcome(request)
 
-    app = tornado.web.Application([("/", Watched, {"sockets": site.sockets})], log_function=lambda handler: None)
+    app = tornado.web.Application([("/", Watched(site.sockets))], log_function=lambda handler: None)
     server = tornado.httpserver.HTTPServer(app, ssl_options=tls, chunk_size=chunk_size)
     listening = tornado.netutil.bind_sockets(0, "127.0.0.1", backlog=1_000)
     if send_buffer:
@@ -496,16 +494,15 @@ async def test_frames_behind_the_handshake() -> None:
         assert await peer.frame() == (TEXT, b"two")
 
 
-async def test_handler_is_forgotten() -> None:
-    """After the handshake neither Tornado's handler nor its request lives on, without waiting for the collector."""
+async def test_request_is_forgotten() -> None:
+    """After the handshake Tornado's request does not live on, without waiting for the collector."""
     gc.collect()
     gc.disable()
     try:
         async with serving() as site, peer_of(site) as peer:
             peer.say(masked(TEXT, b"hi"))
             assert await peer.frame() == (TEXT, b"hi")
-            assert len(site.handlers) == 2
-            assert [handler() for handler in site.handlers] == [None, None]
+            assert [request() for request in site.requests] == [None]
     finally:
         gc.enable()
 
@@ -679,7 +676,8 @@ async def test_our_close(disconnect: errors.Disconnect) -> None:
         assert site.sockets.closing == 1
         peer.say(masked(TEXT, b"unheard"), masked(CLOSE, goodbye(disconnect.code)))
         assert await peer.end() == b""
-        assert site.sockets.closing == 0
+        # Of who floods nothing more is read, its Close neither: its own end is waited for (PROTOCOL 3.4.10).
+        assert site.sockets.closing == (disconnect is errors.RATE_LIMITED)
         assert (session.heard, session.ends) == ([], [])
 
 
@@ -804,7 +802,8 @@ async def test_a_reset_peer_harms_nobody() -> None:
             assert [session.ends for session in sessions] == [[], ["gone"], []]
 
 
-async def test_a_failing_session_is_ended(log: ExpectedLog) -> None:
+@pytest.mark.parametrize("behind", [b"", masked(TEXT, b"unheard")])
+async def test_a_failing_session_is_ended(behind: bytes, log: ExpectedLog) -> None:
     """A fault in a session is logged once, ends its connection with 3004, and no other."""
     log.expect("task.failed")
 
@@ -814,7 +813,7 @@ async def test_a_failing_session_is_ended(log: ExpectedLog) -> None:
         session.say(message)
 
     async with serving(fail) as site, peer_of(site) as peer, peer_of(site) as other:
-        peer.say(masked(TEXT, b"fail"), masked(TEXT, b"unheard"))
+        peer.say(masked(TEXT, b"fail"), behind)
         assert await peer.goodbye() == (3004, "internal server error")
         other.say(masked(TEXT, b"fine"))
         assert await other.frame() == (TEXT, b"fine")
@@ -1163,13 +1162,13 @@ async def test_an_idle_connection_is_small() -> None:
     async with serving(keep_quiet) as site:
         for _ in range(20):
             clients.append(await silent_client(site))
-        site.handlers.clear()
+        site.requests.clear()
         gc.collect()
         tracemalloc.start()
         try:
             for _ in range(count):
                 clients.append(await silent_client(site))
-            site.handlers.clear()
+            site.requests.clear()
             site.arrivals = asyncio.Queue()
             gc.collect()
             held, _ = tracemalloc.get_traced_memory()

@@ -113,11 +113,11 @@ async def test_server_side_subscriptions_count_for_the_limit() -> None:
         ({"type": 99}, 108),
         ({"tf": {"key": "a", "cmp": "eq", "val": "b"}}, 107),
         ({"delta": "fossil"}, 0),
-        ({"flag": 1}, 0),
+        ({"flag": 4}, 0),
     ],
 )
 async def test_what_is_not_offered(request_: dict[str, Any], code: int) -> None:
-    """PROTOCOL 10.2, 13, 21: other types of subscription and filters are refused, delta is quietly not used."""
+    """PROTOCOL 10.2, 12.1, 13.1, 21: other types and filters are refused, delta and other flags are passed over."""
     async with serving(ORDER) as site:
         ann = await Client.connected(site.url, token=token({"sub": "ann"}))
         reply = await ann.call("subscribe", channel="open:1", **request_)

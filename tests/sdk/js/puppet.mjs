@@ -103,6 +103,8 @@ function subscribe({ channel, options: wishes }) {
     ...(wishes.join_leave && { joinLeave: true }),
     ...(wishes.positioned && { positioned: true }),
     ...(wishes.recoverable && { recoverable: true }),
+    ...(wishes.delta && { delta: wishes.delta }),
+    ...(wishes.tags_filter && { tagsFilter: wishes.tags_filter }),
   });
   listen(subscription, channel);
   subscription.subscribe();
