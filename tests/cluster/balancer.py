@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from typing import Self
 
-from support import free_port
+from ports import free_port
 
 
 def listening() -> socket.socket:

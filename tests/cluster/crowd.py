@@ -225,6 +225,7 @@ async def race(world: World, name: str, channel: str, voices: Sequence[Voice], p
 async def _say(world: World, voice: Voice, channel: str, mark: str, key: str) -> None:
     payload = {"mark": mark, "key": key}
     world.counts["sent"] += 1
+    began = world.clock()
     while True:
         answer = await voice.publish(channel, payload, key)
         if answer.outcome == "acknowledged" or not key:
@@ -235,8 +236,10 @@ async def _say(world: World, voice: Voice, channel: str, mark: str, key: str) ->
             await voice.drop()
             voice.move()
     world.counts[answer.outcome] += answer.outcome != "refused"
-    world.notes.said.append(Said(channel, mark, answer.outcome, answer.offset, answer.epoch, key, world.clock()))
+    outcome, offset, epoch = answer
+    world.notes.said.append(Said(channel, mark, outcome, offset, epoch, key, world.clock(), began))
     if answer.outcome != "acknowledged" and world.random.random() < 0.3:
+        await voice.drop()  # else it would go on speaking at the old place, and be noted at the new one
         voice.move()
 
 

@@ -1,5 +1,6 @@
 """The figures of a storm, and the page that tells them.  Pure."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,23 +26,43 @@ class Disturbance(NamedTuple):
     ended: float
 
 
+class Spread(NamedTuple):
+    """How long something took, in seconds, and how often it happened."""
+
+    times: int = 0
+    median_s: float = 0.0
+    p99_s: float = 0.0
+    worst_s: float = 0.0
+
+
+def spread(times: Iterable[float]) -> Spread:
+    """Of some times in seconds; the nearest rank, so that each figure is one that was seen."""
+    ordered = sorted(times)
+    if not ordered:
+        return Spread()
+
+    def rank(share: float) -> float:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    return Spread(len(ordered), rank(0.5), rank(0.99), ordered[-1])
+
+
 @dataclass
 class Row:
-    """The figures of one kind of disturbance; times in seconds.
+    """What was seen of one kind of disturbance; times in seconds.
 
-    ``there_s`` and ``elsewhere_s``: the longest time between an acknowledgement
-    and the delivery to a listener that was connected all the while, at the
-    process that was disturbed, and at others.  ``outcome_s``: the longest wait
-    for an acknowledgement or an error.
+    ``lasted``: of each.  ``acknowledged``: from the first try to the
+    acknowledgement, over all tries.  ``there`` and ``elsewhere``: from the
+    acknowledgement to the delivery to a listener that was connected all the while,
+    at the process that was disturbed, and at others.  ``outcome_s``: the longest
+    that one try waited for an acknowledgement or an error.
     """
 
     kind: str
-    times: int = 0
-    shortest_s: float = float("inf")
-    longest_s: float = 0.0
-    total_s: float = 0.0
-    there_s: float = 0.0
-    elsewhere_s: float = 0.0
+    lasted: list[float] = field(default_factory=list)
+    acknowledged: list[float] = field(default_factory=list)
+    there: list[float] = field(default_factory=list)
+    elsewhere: list[float] = field(default_factory=list)
     outcome_s: float = 0.0
 
 
@@ -60,6 +81,9 @@ class Figures:
     counts: Mapping[str, int] = field(default_factory=dict)
     kept: int = 0
     faults: Sequence[Fault] = ()
+    disturbances: Sequence[Disturbance] = ()
+    machine: str = ""
+    """What it ran on, in a few words."""
 
 
 def rows(
@@ -72,10 +96,7 @@ def rows(
     found = {kind: Row(kind) for kind in [*KINDS, CALM]}
     by_second: defaultdict[int, list[Disturbance]] = defaultdict(list)
     for disturbance in disturbances:
-        row, length = found[disturbance.kind], disturbance.ended - disturbance.began
-        row.times += 1
-        row.total_s += length
-        row.shortest_s, row.longest_s = min(row.shortest_s, length), max(row.longest_s, length)
+        found[disturbance.kind].lasted.append(disturbance.ended - disturbance.began)
         for second in range(int(disturbance.began), int(disturbance.ended + AFTER_S) + 1):
             by_second[second].append(disturbance)
 
@@ -84,12 +105,14 @@ def rows(
         some = {one for one in some if one.began <= ended and began <= one.ended + AFTER_S}
         return [(found[one.kind], one.process) for one in some] or [(found[CALM], "")]
 
+    said = list(said)
+    for told in said:
+        if told.outcome == "acknowledged":
+            for row, _ in during(told.began, told.at):
+                row.acknowledged.append(told.at - told.began)
     for wait in waits(said, deliveries):
         for row, process in during(wait.began, wait.ended):
-            if process == wait.place:
-                row.there_s = max(row.there_s, wait.ended - wait.began)
-            else:
-                row.elsewhere_s = max(row.elsewhere_s, wait.ended - wait.began)
+            (row.there if process == wait.place else row.elsewhere).append(wait.ended - wait.began)
     for one in waited:
         for row, _ in during(one.began, one.began + one.wait_s):
             row.outcome_s = max(row.outcome_s, one.wait_s)
@@ -135,13 +158,15 @@ PAGE = """\
 
 A storm is {processes} processes of `run.py`, a replica set of three `mongod`, one `redis-server`, and a TCP proxy of
 our own before each of them for each process. Writers publish over WebSocket and `/api`, with idempotency keys and
-without; listeners follow every channel, leave, come back anywhere, and present their position. Meanwhile things are
-broken by a schedule that is drawn from a seed, at most two at once. In the end every listener's list is compared with
-history, and every acknowledgement, key and unknown outcome with what history has of it. Nothing is mocked.
+without; listeners follow every channel, leave, come back anywhere, and present their position; wanderers keep nothing
+but a cursor, and take it every few publications to another process or another transport: WebSocket, SSE, HTTP stream,
+the event stream of a channel, long-poll, plain REST. Meanwhile things are broken by a schedule that is drawn from a
+seed, at most two at once. In the end every list is compared with history, and every acknowledgement, key and unknown
+outcome with what history has of it. Nothing is mocked.
 
     {command}
 
-made this page: {minutes:.0f} minutes, seed {seed}.
+made this page: {minutes:.0f} minutes, seed {seed}{machine}.
 
 | | |
 | --- | ---: |
@@ -151,14 +176,33 @@ made this page: {minutes:.0f} minutes, seed {seed}.
 
 ## Disturbances
 
-*Delivered* is the longest time from an acknowledgement to the delivery of that publication to a listener who was
-connected all the while: *there* at the process that was disturbed, *elsewhere* at the others (or at all, where all were
-disturbed). *Outcome* is the longest a publisher waited for an acknowledgement or an error. All in seconds. Where two
-disturbances overlapped, both are charged.
+How often each was made, and how long it lasted, in seconds.
 
-| what was done | times | lasted | in all | delivered there | delivered elsewhere | outcome |
+| what was done | times | shortest | longest | in all |
+| --- | ---: | ---: | ---: | ---: |
+{disturbances}
+
+## Latency while it lasted
+
+In milliseconds, each as *median / 99th percentile / worst*. *Acknowledgement* is from the first try to the answer, over
+all tries of a publication with a key; *one try* the longest that a publisher waited for an acknowledgement or an
+error. *Delivery* is from the acknowledgement to a listener who was connected all the while: *there* at the process that
+was disturbed, *elsewhere* at the others (or at all, where all were disturbed). Where two disturbances overlapped, both
+are charged; so is each with the two seconds after its end.
+
+| what was done | acknowledged | acknowledgement | one try | delivered | delivery there | delivery elsewhere |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
+
+## One by one
+
+<details><summary>Every disturbance, in seconds since the beginning</summary>
+
+| at | what | where | lasted |
+| ---: | --- | --- | ---: |
+{one_by_one}
+
+</details>
 
 ## Whether it would notice
 
@@ -181,7 +225,7 @@ the short storm of `make test` and the stories of `tests/cluster/test_breaks.py`
 
 COUNTS = (
     ("publications written to kept channels", "sent"),
-    ("… acknowledged", "acknowledged"),
+    ("… acknowledged (a key that two publish at the same time is acknowledged to both)", "acknowledged"),
     ("… unknown in the end (error 100, or the connection was lost; no key)", "unknown"),
     ("… tried where nobody listened", "nobody there"),
     ("… said again under the same key", "sent again"),
@@ -190,6 +234,15 @@ COUNTS = (
     ("delivered to listeners of kept channels", "delivered"),
     ("written to a passing channel", "sent in passing"),
     ("… delivered", "delivered in passing"),
+    ("delivered to wanderers", "delivered to wanderers"),
+    ("… legs, each by any transport at any process", "legs"),
+    ("… by WebSocket, that brought something", "legs by websocket"),
+    ("… by SSE", "legs by sse"),
+    ("… by HTTP stream", "legs by http_stream"),
+    ("… by the event stream of the channel", "legs by events"),
+    ("… by long-poll", "legs by poll"),
+    ("… by plain REST", "legs by rest"),
+    ("… ended by a disturbance, or by four seconds of silence", "legs cut short"),
     ("connections of listeners", "connections"),
     ("… ended with their process", "connections ended"),
     ("recoveries from a position", "recoveries"),
@@ -218,16 +271,30 @@ def page(figures: Figures) -> str:
         seed=figures.seed,
         counts="\n".join(f"| {words} | {counts.get(name, 0):,} |" for words, name in COUNTS),
         verdict=verdict,
-        rows="\n".join(_row(row) for row in figures.rows),
+        machine=f", {figures.machine}" if figures.machine else "",
+        disturbances="\n".join(_lasting(row) for row in figures.rows if row.kind != CALM),
+        rows="\n".join(_latency(row) for row in figures.rows),
+        one_by_one="\n".join(
+            f"| {one.began:.0f} | {KINDS[one.kind].what} | {one.process} | {one.ended - one.began:.1f} |"
+            for one in sorted(figures.disturbances, key=lambda one: one.began)
+        ),
     )
 
 
-def _row(row: Row) -> str:
-    if row.kind == CALM:
-        return f"| nothing | | | | | {row.elsewhere_s:.2f} | {row.outcome_s:.2f} |"
-    there = f"{row.there_s:.2f}" if row.there_s else ""
-    lasted = f"{row.shortest_s:.0f}–{row.longest_s:.0f}" if row.times else ""
+def _lasting(row: Row) -> str:
+    lasted = f"{min(row.lasted):.1f} | {max(row.lasted):.1f}" if row.lasted else " | "
+    return f"| {KINDS[row.kind].what} | {len(row.lasted)} | {lasted} | {sum(row.lasted):.0f} |"
+
+
+def _latency(row: Row) -> str:
+    what = "nothing" if row.kind == CALM else KINDS[row.kind].what
+    acknowledged, delivered = spread(row.acknowledged), len(row.there) + len(row.elsewhere)
     return (
-        f"| {KINDS[row.kind].what} | {row.times} | {lasted} | {row.total_s:.0f} "
-        f"| {there} | {row.elsewhere_s:.2f} | {row.outcome_s:.2f} |"
+        f"| {what} | {acknowledged.times:,} | {_in_ms(acknowledged)} | {row.outcome_s * 1000:,.0f} "
+        f"| {delivered:,} | {_in_ms(spread(row.there))} | {_in_ms(spread(row.elsewhere))} |"
     )
+
+
+def _in_ms(spread: Spread) -> str:
+    figures = (spread.median_s, spread.p99_s, spread.worst_s)
+    return " / ".join(f"{one * 1000:,.0f}" for one in figures) if spread.times else ""

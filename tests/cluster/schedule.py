@@ -20,8 +20,12 @@ class Kind(NamedTuple):
 
 KINDS = {
     "process killed": Kind("process", 1, 15, "kill -9 of a process, started again at the end"),
+    "killed unannounced": Kind(
+        "process", 3, 15, "a process is cut off from Redis while it commits, and then killed: nobody was told"
+    ),
     "process stopped": Kind("process", 30, 30, "SIGSTOP of a process, SIGCONT at the end"),
     "redis emptied": Kind("redis", 1, 10, "Redis is killed, and comes back empty at the end"),
+    "redis failed over": Kind("redis", 1, 10, "Redis is killed, and its replica takes its place at the end"),
     "redis stopped": Kind("redis", 5, 15, "SIGSTOP of Redis, SIGCONT at the end"),
     "redis lossy": Kind("redis", 10, 30, "every process loses 30 % of what Redis pushes to it"),
     "redis slow": Kind("redis", 10, 30, "300 ms more each way between every process and Redis"),
@@ -34,11 +38,18 @@ KINDS = {
     "primary rolled back": Kind(
         "mongo", 5, 15, "the primary is killed with writes that nobody else has, and started again at the end"
     ),
+    "mongo killed": Kind("mongo", 3, 10, "kill -9 of all members of MongoDB at once, started again at the end"),
     "mongo cut": Kind("mongo", 5, 15, "one process's connections to MongoDB are cut, new ones refused"),
     "mongo stalled": Kind("mongo", 5, 15, "one process's connections to MongoDB stay open, and nothing gets through"),
 }
 
+WIRES_OF_ONE = ("mongo cut", "mongo stalled")
 AT_ONCE = 2
+
+
+def for_one(kind: str) -> bool:
+    """Is it done to one process, and not to all or to a store?"""
+    return KINDS[kind].part in ("process", "link") or kind in WIRES_OF_ONE
 
 
 class Planned(NamedTuple):

@@ -9,7 +9,7 @@ import asyncio
 import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,23 +17,25 @@ from weakref import WeakKeyDictionary
 from disguise import Disguise
 from mongod import Member, ReplicaSet, fresh_database
 from proxy import Proxy, Splitter
-from redis_server import RedisServer
-from support import KEPT, OPEN, Process, config, free_port
+from redis_server import RedisServer, wait_for_replica
+from support import KEPT, OPEN, Process, config
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
-P = TypeVar("P", bound=Proxy)
 T = TypeVar("T")
 
 LOSS = 0.3
 SLOW_S = 0.3
 UNSHARED_S = 1.5
-"""How long a primary takes writes that it keeps to itself, before it is killed with them."""
+"""How long a primary takes writes, or a process commits some, of which nobody else hears, before it is killed."""
 
 EVENT = re.compile(r"\d{4}-\d\d-\d\dT\S+Z \w+ ")
 """How a line begins that is no part of a trace."""
 
-READY_S = 60.0
+READY_S = 120.0
 """How long a process may take to be ready once all is well; a busy machine starts slowly."""
+
+STREAMED: dict[str, Any] = {"sse": {"enabled": True}, "http_stream": {"enabled": True}}
+"""The sections that offer the transports for those who have no WebSocket."""
 
 
 async def asked_until(ask: Callable[[], Awaitable[T]], good: Callable[[T], bool], patience_s: float = READY_S) -> T:
@@ -153,10 +155,14 @@ class Place:
 class Stage:
     """Everything at once; see ``staging``."""
 
-    def __init__(self, places: Sequence[Place], replica_set: ReplicaSet, redis: RedisServer) -> None:
+    def __init__(
+        self, places: Sequence[Place], replica_set: ReplicaSet, redis: RedisServer, servers: ExitStack
+    ) -> None:
         self.places = places
         self.replica_set = replica_set
         self.redis = redis
+        self._servers = servers
+        """Ends every Redis there was."""
 
     async def healthy(self) -> None:
         """Wait until every store and every process says that all is well."""
@@ -174,6 +180,20 @@ class Stage:
             for place in self.places:
                 place.redis.lose(0.0)
 
+    def _follow_redis(self) -> RedisServer:
+        """Start a replica of Redis; returns once it has what Redis has."""
+        heir = self._servers.enter_context(RedisServer())
+        heir.command("REPLICAOF", "127.0.0.1", str(self.redis.port))  # no option: it must not follow again at a restart
+        wait_for_replica(heir)
+        return heir
+
+    async def _succeed(self, heir: RedisServer) -> None:
+        """Put a replica in the place of Redis, at the same address, as hosts of databases do."""
+        await asyncio.to_thread(heir.command, "REPLICAOF", "NO", "ONE")
+        self.redis = heir
+        for place in self.places:
+            place.redis.target = ("127.0.0.1", heir.port)
+
     @asynccontextmanager
     async def broken(self, kind: str, place: Place) -> AsyncIterator[None]:
         """Do a fault of ``schedule.KINDS``, at ``place`` if it is for one process, and undo it in the end."""
@@ -182,12 +202,22 @@ class Stage:
                 case "process killed":
                     await place.kill()
                     stack.push_async_callback(place.start)
+                case "killed unannounced":
+                    async with stalled(place.redis):
+                        await asyncio.sleep(UNSHARED_S)
+                        await place.kill()
+                        stack.push_async_callback(place.start)
+                        place.redis.cut()  # what it had said, and was held back, is never heard
                 case "process stopped":
                     place.stop()
                     stack.callback(place.cont)
                 case "redis emptied":
                     await asyncio.to_thread(self.redis.kill)
                     stack.push_async_callback(asyncio.to_thread, self.redis.start)
+                case "redis failed over":
+                    heir = await asyncio.to_thread(self._follow_redis)
+                    await asyncio.to_thread(self.redis.kill)
+                    stack.push_async_callback(self._succeed, heir)
                 case "redis stopped":
                     self.redis.freeze()
                     stack.callback(self.redis.thaw)
@@ -219,6 +249,10 @@ class Stage:
                     member = await asyncio.to_thread(self.replica_set.primary)
                     async with self.broken("majority frozen", place):
                         await asyncio.sleep(UNSHARED_S)
+                        await asyncio.to_thread(member.kill)
+                        stack.push_async_callback(asyncio.to_thread, member.start)
+                case "mongo killed":
+                    for member in self.replica_set.members:
                         await asyncio.to_thread(member.kill)
                         stack.push_async_callback(asyncio.to_thread, member.start)
                 case "mongo cut":
@@ -259,17 +293,21 @@ def shared_config(database: str, prefix: str, **sections: Any) -> dict[str, Any]
 async def staging(
     folder: Path, replica_set: ReplicaSet, *, processes: int = 2, **sections: Any
 ) -> AsyncIterator[Stage]:
-    """Processes over ``replica_set`` and a Redis of their own, all ready; gone in the end."""
+    """Processes over ``replica_set`` and a Redis of their own, all ready; gone in the end.
+
+    With ``redis={"url": …}`` they go to that one instead, and not through proxies.
+    """
     database = fresh_database()
     async with AsyncExitStack() as stack:
-        redis = stack.enter_context(RedisServer())
+        servers = stack.enter_context(ExitStack())
+        redis = servers.enter_context(RedisServer())
         places = []
         for number in range(processes):
-            wire = await stack.enter_async_context(_on_a_lasting_port(Proxy("127.0.0.1", redis.port, resp=True)))
+            wire = await stack.enter_async_context(Proxy("127.0.0.1", redis.port, resp=True))
             addresses: dict[str, str] = {}
             mongo = []
             for member in replica_set.members:
-                proxy = _on_a_lasting_port(MemberProxy("127.0.0.1", member.advertised, addresses))
+                proxy = MemberProxy("127.0.0.1", member.advertised, addresses)
                 addresses[member.address] = proxy.address
                 mongo.append(await stack.enter_async_context(proxy))
             name = f"process {number}"
@@ -277,20 +315,14 @@ async def staging(
             home.mkdir()
             chosen = shared_config(database, database, **sections)
             chosen["mongo"]["url"] = f"mongodb://{','.join(addresses.values())}/?replicaSet=waterspout"
-            chosen["redis"]["url"] = f"redis://127.0.0.1:{wire.port}/0"
+            chosen["redis"].setdefault("url", f"redis://127.0.0.1:{wire.port}/0")
             places.append(Place(name, Process(home, chosen), wire, mongo))
-        stage = Stage(places, replica_set, redis)
+        stage = Stage(places, replica_set, redis, servers)
         for place in places:
             stack.push_async_callback(_end, place)
         await asyncio.gather(*(place.start() for place in places))
         await asyncio.gather(*(place.ready() for place in places))
         yield stage
-
-
-def _on_a_lasting_port(proxy: P) -> P:
-    """Give a proxy that is not open yet a port that nobody borrows while it refuses."""
-    proxy.port = free_port()
-    return proxy
 
 
 async def _end(place: Place) -> None:

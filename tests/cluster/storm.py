@@ -11,6 +11,8 @@ theirs.
 
 import argparse
 import asyncio
+import os
+import platform
 import shlex
 import shutil
 import sys
@@ -30,23 +32,27 @@ if __name__ == "__main__":
 from crowd import ApiVoice, Listener, SocketVoice, World, call_api, chatter, last_words, race, write
 from mongod import ReplicaSet
 from report import Disturbance, Figures, page, rows, slow, waits
-from schedule import KINDS, Planned, planned
-from stage import Place, Stage, staging
+from schedule import KINDS, Planned, for_one, planned
+from stage import STREAMED, Place, Stage, staging
 from tornado.httpclient import HTTPClientError
 from verdict import Down, Fault, Kept, Leaves, Line, Vanished, judge, summary
+from wanderer import Wanderer
 
 BUSY = [f"chat:{number}" for number in range(4)]
 QUIET = [f"chat:quiet{number}" for number in range(12)]
 """Channels in which no other publication comes soon to tell that one was missed."""
 
 KEPT = [*BUSY, *QUIET]
+WANDERED = [*BUSY, *QUIET[:2]]
+"""A wanderer each; in the quiet ones most legs end with silence."""
+
 PASSING = "live:1"
 LEASE_S = 4.0
 PUBLISH_TIMEOUT_S = 3.0
 SLACK_S = 3.0
 """What a busy machine may add to the publish timeout."""
 
-HEAL_S = 60.0
+HEAL_S = 120.0
 """How long writers may take to come to an end after everything was healed: stores elect, clients come back."""
 
 LAST_LOSS = 0.6
@@ -85,6 +91,7 @@ class Storm:
         self.world = World(self.stage.places, Random(self.plan.seed), self.clock)
         self.world.notes.most_wait_s = PUBLISH_TIMEOUT_S + SLACK_S
         self.listeners: list[Listener] = []
+        self.wanderers: list[Wanderer] = []
         self.writers: list[asyncio.Task[None]] = []
         self._parts: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.under_way: dict[str, float] = {}
@@ -96,7 +103,7 @@ class Storm:
 
     # --- the people -----------------------------------------------------------
     def gather(self) -> None:
-        """Bring in writers and listeners, some of each kind at each process."""
+        """Bring in writers and listeners, some of each kind at each process, and those who wander between them."""
         world, pause_s = self.world, self.plan.writer_pause_s
         for number, place in enumerate(self.stage.places):
             for nth, (restless, loyal) in enumerate([(False, True), (True, True), (True, False)]):
@@ -111,6 +118,11 @@ class Storm:
             self._write(f"chatter{number}", chatter(world, f"chatter{number}", PASSING, place, pause_s))
             quiet = write(world, f"rare{number}", QUIET, ApiVoice(world, place), keyed=True, pause_s=10 * pause_s)
             self._write(f"rare{number}", quiet)
+        ports = [place.process.port for place in self.stage.places]
+        for number, channel in enumerate(WANDERED):
+            wanderer = Wanderer(world, f"wanderer{number}", channel, ports, Random(f"{self.plan.seed} {number}"))
+            self.wanderers.append(wanderer)
+            self._tasks.append(asyncio.create_task(wanderer.wander(), name=wanderer.name))
         twins = [ApiVoice(world, place) for place in self.stage.places]
         self._write("race", race(world, "twin", BUSY[0], twins, 2 * pause_s))
 
@@ -138,9 +150,9 @@ class Storm:
 
     async def _break(self, fault: Planned) -> None:
         place = self.stage.places[fault.process]
-        for_one = KINDS[fault.kind].part in ("process", "link") or fault.kind.startswith("mongo")
+        where = place.name if for_one(fault.kind) else ""
         began = self.under_way[fault.kind] = self.clock()
-        self.say(f"{began:7.1f} s  {fault.kind}{' ' + place.name if for_one else ''} for {fault.length_s:.1f} s")
+        self.say(f"{began:7.1f} s  {fault.kind}{where and ' '}{where} for {fault.length_s:.1f} s")
         watch = asyncio.create_task(self._watch_the_dead(place)) if fault.kind == "process killed" else None
         try:
             async with self.stage.broken(fault.kind, place):
@@ -148,7 +160,7 @@ class Storm:
         finally:
             ended = self.clock()
             del self.under_way[fault.kind]
-            self.disturbances.append(Disturbance(fault.kind, place.name if for_one else "", began, ended))
+            self.disturbances.append(Disturbance(fault.kind, where, began, ended))
             if KINDS[fault.kind].part == "process":
                 self.world.notes.downs.append(Down(place.name, began, ended))
         if watch is not None:
@@ -222,6 +234,8 @@ class Storm:
             ends = self.clock() + SWEEP_S + 2 * SLACK_S
             for listener in self.listeners:
                 await listener.until(lambda listener=listener: not listener.behind(tops), ends)  # type: ignore[misc]
+            for wanderer in self.wanderers:
+                await wanderer.arrived(tops, ends)
         self.say(f"{self.clock():7.1f} s  all have come to the top, or had the time to")
         for listening in self._tasks:
             listening.cancel()
@@ -260,7 +274,14 @@ class Storm:
             counts,
             sum(truth.values()),
             faults,
+            self.disturbances,
+            machine(),
         )
+
+
+def machine() -> str:
+    """What this runs on."""
+    return f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 class Unreadable(Exception):
@@ -291,7 +312,11 @@ async def storming(
     plan: Plan, folder: Path, replica_set: ReplicaSet, say: Callable[[str], None]
 ) -> AsyncIterator[Storm]:
     """A storm on a stage of its own, with everybody in place."""
-    config = {"presence": {"lease": f"{LEASE_S:g}s"}, "mongo": {"publish_timeout": f"{PUBLISH_TIMEOUT_S:g}s"}}
+    config: dict[str, Any] = {
+        "presence": {"lease": f"{LEASE_S:g}s"},
+        "mongo": {"publish_timeout": f"{PUBLISH_TIMEOUT_S:g}s"},
+    }
+    config |= STREAMED
     async with staging(folder, replica_set, processes=plan.processes, **config) as stage:
         storm = Storm(plan, stage, say)
         storm.gather()

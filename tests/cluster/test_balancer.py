@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from balancer import Balancer
-from support import free_port
+from ports import free_port
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ P2 to P6.  What several faults do together is the storm's to find.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from crowd import call_api
 from mongod import disturbing, shared_set
+from redis_server import RedisCluster, Sentinels
 from stage import Place, Stage, asked_until, staging
 from support import Client, token
 
@@ -22,16 +23,26 @@ SWEEP_S = 5.0
 SLACK_S = 3.0
 """What a busy machine may add to the times that are promised."""
 
+LOSSES = ["primary killed", "primary stopped", "primary stepped down", "majority frozen", "mongo killed"]
+
+FAILING_OVER: dict[str, Callable[[], Sentinels | RedisCluster]] = {
+    "sentinels": Sentinels,
+    "cluster": lambda: RedisCluster(replicas=True),
+}
+
 SHORT_TIMEOUT_S = 1.5
 """The publish timeout of those who are meant to meet it."""
 
 
 @asynccontextmanager
-async def _stage(folder: Path, processes: int = 2, publish_timeout_s: float = 4.0) -> AsyncIterator[Stage]:
+async def _stage(
+    folder: Path, processes: int = 2, publish_timeout_s: float = 4.0, **sections: Any
+) -> AsyncIterator[Stage]:
     """Processes with a short lease; the shared set is whole in the end."""
     config: dict[str, Any] = {
         "presence": {"lease": f"{LEASE_S:g}s"},
         "mongo": {"publish_timeout": f"{publish_timeout_s:g}s"},
+        **sections,
     }
     with disturbing(shared_set()) as replica_set:
         async with staging(folder, replica_set, processes=processes, **config) as stage:
@@ -240,6 +251,46 @@ async def test_redis_loses_a_third(tmp_path: Path) -> None:
                 await client.close()
 
 
+@pytest.mark.parametrize("kind", FAILING_OVER)
+async def test_redis_fails_over(tmp_path: Path, kind: str) -> None:
+    """P4: a primary dies, its replica is put in its place, it comes back: kept channels miss nothing, nobody is cut."""
+    rooms = [f"chat:{number}" for number in range(6)]
+    passing = [f"live:{number}" for number in range(6)]
+    with FAILING_OVER[kind]() as redis:
+        async with _stage(tmp_path, redis={"url": redis.url}) as stage:
+            bob, eve = [await _present(place, *rooms, *passing) for place in stage.places]
+            ids = {client.hello["client"] for client in (bob, eve)}
+
+            async def all_hear(number: int) -> None:
+                for at, room in enumerate(rooms):
+                    assert await _position(stage.places[at % 2], room, number) == number
+                for client in (bob, eve):
+                    for room in rooms:
+                        await _hears(client, room, list(range(1, number + 1)))
+
+            async def all_hear_in_passing(word: str) -> None:
+                for channel in passing:
+                    await _say_until_heard(stage.places[0], channel, f"{word} from bob's", eve)
+                    await _say_until_heard(stage.places[1], channel, f"{word} from eve's", bob)
+                    await asked_until(lambda channel=channel: _members(stage.places[0], channel), ids.__eq__)  # type: ignore[misc]
+
+            await all_hear_in_passing("before")
+            losing = asyncio.create_task(asyncio.to_thread(redis.lose_primary))
+            await all_hear(1)
+            dead = await losing
+            await all_hear(2)
+            await all_hear_in_passing("without it")
+            await asyncio.to_thread(dead.start)
+            await all_hear(3)
+            for place in stage.places:
+                await place.ready()
+            await all_hear_in_passing("with it again")
+            for client in (bob, eve):
+                assert client.close_code is None
+                await client.close()
+            assert [line for place in stage.places for line in place.faults_logged()] == []
+
+
 # --- MongoDB -------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["mongo cut", "mongo stalled"])
 async def test_mongodb_is_away(tmp_path: Path, kind: str) -> None:
@@ -319,7 +370,7 @@ async def test_a_doubtful_answer_gives_up_no_slot(tmp_path: Path, code: int) -> 
         await eve.close()
 
 
-@pytest.mark.parametrize("kind", ["primary killed", "primary stopped", "primary stepped down", "majority frozen"])
+@pytest.mark.parametrize("kind", LOSSES)
 async def test_mongodb_loses_its_primary(tmp_path: Path, kind: str) -> None:
     """P2, P5: each publish succeeds once or ends with error 100; the same key said again tells what became of it."""
     async with _stage(tmp_path, publish_timeout_s=SHORT_TIMEOUT_S) as stage:

@@ -7,21 +7,22 @@ import asyncio
 import random
 from pathlib import Path
 
-from hopper import Hopper, ask, publish_all
+from hopper import ALWAYS, EMULATED, Hopper, ask, publish_all
 from mongod import disturbing, shared_set
-from stage import away, staging
+from stage import STREAMED, away, staging
 
 COUNT = 120
 CHANNEL = "chat:hop"
+WAYS = [*ALWAYS, *EMULATED]
 
 
 async def test_hopping_through_kills_and_cuts(tmp_path: Path) -> None:
-    """Three readers on four transports and two processes, each of which is killed once, and Redis away for a while."""
+    """Three readers on six transports and two processes, each of which is killed once, and Redis away for a while."""
     with disturbing(shared_set()) as replica_set:
-        async with staging(tmp_path, replica_set) as stage:
+        async with staging(tmp_path, replica_set, **STREAMED) as stage:
             first, second = stage.places
             ports = [place.process.port for place in stage.places]
-            hoppers = [Hopper(ports, CHANNEL, random.Random(number)) for number in range(3)]
+            hoppers = [Hopper(ports, CHANNEL, random.Random(number), ways=WAYS) for number in range(3)]
 
             async def disturb() -> None:
                 await hoppers[0].reached(COUNT // 6)
@@ -45,6 +46,6 @@ async def test_hopping_through_kills_and_cuts(tmp_path: Path) -> None:
             assert history == [(number + 1, number) for number in range(COUNT)]
             for hopper in hoppers:
                 assert [(one["offset"], one["data"]) for one in hopper.received] == history
-            assert {kind for hopper in hoppers for kind in hopper.legs} == {"websocket", "events", "poll", "rest"}
+            assert {kind for hopper in hoppers for kind in hopper.legs} == set(WAYS)
             for place in stage.places:
                 assert place.faults_logged() == []

@@ -7,6 +7,7 @@ import pytest
 from mongod import disturbing, shared_set
 from storm import Plan, run
 from verdict import summary
+from wanderer import WAYS
 
 SEED = 4
 SHORT_S = 40.0
@@ -22,6 +23,8 @@ async def test_a_short_storm_loses_and_doubles_nothing(tmp_path: Path, seed: int
     counts = storm.world.counts
     assert len({one.kind for one in storm.disturbances}) >= 8
     assert counts["acknowledged"] > 500
-    assert counts["delivered"] > 5 * counts["acknowledged"]
+    assert counts["delivered"] > 3 * counts["acknowledged"]
+    assert counts["delivered to wanderers"] > counts["acknowledged"] / 2
+    assert all(counts[f"legs by {way}"] for way in WAYS)
     assert counts["recoveries"] > 20
     assert counts["delivered in passing"] > 500

@@ -1,12 +1,15 @@
 """The storm's judge and schedule: a judge that finds nothing proves nothing, so it is given notes that are wrong."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
+from random import Random
+from typing import Any
 
 import pytest
-from crowd import Delivery
-from report import CALM, Disturbance, Figures, page, rows, slow, waits
+from crowd import UNKNOWN, Answer, Delivery, Voice, World, write
+from report import CALM, Disturbance, Figures, Spread, page, rows, slow, spread, waits
 from schedule import AT_ONCE, KINDS, planned
 from verdict import Down, Ended, Heard, Kept, Leaves, Line, Notes, Said, Vanished, Waited, judge, summary
 
@@ -167,7 +170,8 @@ def test_a_short_schedule_has_most_kinds(seed: int) -> None:
 def test_the_report_charges_what_was_under_way() -> None:
     """A wait is charged to all disturbances that it overlaps, there or elsewhere, and to none that was over before."""
     disturbances = [Disturbance("redis cut", "one", 10.0, 15.0), Disturbance("redis lossy", "", 16.0, 20.0)]
-    said = [Said(ROOM, f"ann.{at}", "acknowledged", at=at) for at in (5.0, 11.0, 14.5, 30.0)]
+    said = [Said(ROOM, f"ann.{at}", "acknowledged", at=at, began=at - 1) for at in (5.0, 11.0, 14.5, 30.0)]
+    said.append(Said(ROOM, "ann.12.0", "unknown", at=12.0, began=11.0))
     deliveries = [
         Delivery("ann.5.0", 5.1, "one", 0.0),
         Delivery("ann.11.0", 15.0, "one", 0.0),
@@ -178,14 +182,29 @@ def test_the_report_charges_what_was_under_way() -> None:
     ]
     found = {row.kind: row for row in rows(disturbances, said, deliveries, [Waited("one", 12.0, 3.0)])}
     cut, lossy, calm = found["redis cut"], found["redis lossy"], found[CALM]
-    assert (cut.times, cut.longest_s, cut.there_s, cut.elsewhere_s, cut.outcome_s) == (1, 5.0, 4.0, 2.0, 3.0)
-    assert (lossy.times, lossy.there_s, lossy.elsewhere_s, lossy.outcome_s) == (1, 0.0, 2.0, 0.0)
-    assert round(calm.elsewhere_s, 3) == 0.3
+    assert (cut.lasted, cut.there, max(cut.elsewhere), cut.outcome_s) == ([5.0], [4.0], 2.0, 3.0)
+    assert (lossy.lasted, lossy.there, lossy.elsewhere, lossy.outcome_s) == ([4.0], [], [2.0], 0.0)
+    assert (cut.acknowledged, lossy.acknowledged, calm.acknowledged) == ([1.0, 1.0], [], [1.0, 1.0])
+    assert [round(one, 3) for one in calm.elsewhere] == [0.1, 0.3]
+
+
+def test_a_spread_names_times_that_were_seen() -> None:
+    """Median, 99th percentile and worst are nearest ranks; of nothing there is nothing."""
+    assert spread([]) == Spread()
+    assert spread([3.0]) == Spread(1, 3.0, 3.0, 3.0)
+    assert spread(n / 100 for n in range(200, 0, -1)) == Spread(200, 1.0, 1.98, 2.0)
 
 
 def test_the_page_says_what_was_found() -> None:
     """A storm that broke a promise says so at the top of its page, and one that broke none says that."""
     figures = Figures(7, 1800.0, 3, "make storm MINUTES=30 SEED=7", rows([], [], [], []), {"sent": 12_345})
+    figures.rows[0].acknowledged, figures.rows[0].lasted = [0.004, 0.02, 1.5], [2.0, 3.5]
+    figures.rows[0].there, figures.rows[0].elsewhere = [0.3], [0.001, 0.002]
+    figures.disturbances = [Disturbance(figures.rows[0].kind, "process 1", 61.4, 63.4)]
+    what = KINDS[figures.rows[0].kind].what
+    assert f"| {what} | 2 | 2.0 | 3.5 | 6 |" in page(figures)
+    assert f"| {what} | 3 | 20 / 1,500 / 1,500 | 0 | 3 | 300 / 300 / 300 | 1 / 2 / 2 |" in page(figures)
+    assert f"| 61 | {what} | process 1 | 2.0 |" in page(figures)
     assert "12,345" in page(figures)
     assert "make storm MINUTES=30 SEED=7" in page(figures)
     assert "no hole, no repeat" in page(figures)
@@ -208,3 +227,48 @@ def test_a_slow_delivery_needs_an_excuse() -> None:
     ):
         (fault,) = slow(late, [none], 10.0)
         assert (fault.kind, fault.where) == ("slow", "one")
+
+
+@dataclass
+class Nowhere:
+    """A process that is only a name."""
+
+    name: str
+    url: str = ""
+    http: str = ""
+
+
+class Diary(Voice):
+    """A voice that never learns what became of its words, and notes what it does."""
+
+    MOST = 60
+
+    def __init__(self, world: World, home: Nowhere) -> None:
+        super().__init__(world, home)
+        self.did: list[str] = []
+
+    async def _publish(self, channel: str, payload: Mapping[str, Any], key: str) -> Answer:
+        self.did.append("publish")
+        if self.did.count("publish") == self.MOST:
+            self.world.enough.set()
+        return UNKNOWN
+
+    def move(self) -> None:
+        """See ``Voice``."""
+        super().move()
+        self.did.append("move")
+
+    async def drop(self) -> None:
+        """See ``Voice``."""
+        self.did.append("drop")
+
+
+async def test_who_moves_lets_go_first() -> None:
+    """A connection that stayed was noted at the place its writer had moved to, and that was blamed for a stop."""
+    places = [Nowhere("one"), Nowhere("two")]
+    world = World(places, Random(5), lambda: 0.0)
+    diary = Diary(world, places[0])
+    await write(world, "ann", [ROOM], diary, keyed=False, pause_s=0.0)
+    assert diary.did.count("move") > 5
+    assert all(before == "drop" for before, after in pairwise(diary.did) if after == "move")
+    assert {one.process for one in world.notes.waited} == {"one", "two"}

@@ -124,4 +124,5 @@ def _open() -> dict[str, Any]:
     """What a server with nothing configured allows, with one key for all, since guests of one are guests of all."""
     chosen: dict[str, Any] = {name: dict(section) for name, section in TRY_OUT.items()}
     chosen["client"]["token"] = {"hmac_secret_key": SECRET}
+    chosen["admin"]["password"] = "what one server would make up and print"
     return chosen

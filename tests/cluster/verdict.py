@@ -18,8 +18,8 @@ class Said(NamedTuple):
     """One publication as its writer knows it, after its last try.
 
     ``key`` is the idempotency key (``""``: none), ``offset`` 0 where the answer
-    does not tell it.  ``at`` is when the outcome was known, in seconds of the
-    storm's clock.
+    does not tell it.  ``began`` is when it was tried first and ``at`` when the
+    outcome was known, in seconds of the storm's clock.
     """
 
     channel: str
@@ -29,6 +29,7 @@ class Said(NamedTuple):
     epoch: str = ""
     key: str = ""
     at: float = 0.0
+    began: float = 0.0
 
 
 class Line(NamedTuple):
