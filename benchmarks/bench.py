@@ -44,6 +44,11 @@ _OPEN = "\n".join(
 CONFIG = f"""\
 [client]
 allow_anonymous_connect_without_token = true
+command_rate_limit = 1_000_000
+command_burst = 1_000_000
+publish_rate_limit = 1_000_000
+connection_rate_limit = 0
+address_connection_limit = 0
 
 [sqlite]
 path = "{{folder}}/history.db"
@@ -59,7 +64,10 @@ history_ttl = "24h"
 force_recovery = true
 {_OPEN}
 """
-"""What our server is told: two open namespaces, and where its file is; all else is as it comes."""
+"""What our server is told: two open namespaces, where its file is, and limits that load from one address does not meet.
+
+They are counted all the same; all else is as it comes.
+"""
 
 
 class Tools(NamedTuple):
