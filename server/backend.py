@@ -15,10 +15,10 @@ import base64
 import binascii
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from server import audit, orders, protocol, user_blocks
 from server.auth import Override
@@ -36,8 +36,9 @@ from server.errors import (
     Unavailable,
 )
 from server.globs import matcher
-from server.history import HIGHEST_VERSION, Draft, Version
+from server.history import Draft
 from server.hooks import ending
+from server.messages import Message
 from server.node import Node
 from server.observe import event
 from server.stream import Position
@@ -80,19 +81,6 @@ class Channel(msgspec.Struct):
     channel: str = ""
 
 
-class Message(msgspec.Struct):
-    """What publish and broadcast share; with ``delta`` it goes as a patch to those who want one (PROTOCOL 12)."""
-
-    data: protocol.Payload = UNSET
-    b64data: str = ""
-    skip_history: bool = False
-    tags: dict[str, str] | None = None
-    idempotency_key: str = ""
-    delta: bool = False
-    version: Annotated[int, Meta(ge=0, le=HIGHEST_VERSION)] = 0
-    version_epoch: Annotated[str, Meta(max_length=256)] = ""
-
-
 class Publish(Message):
     """PROTOCOL 15.2, publish."""
 
@@ -102,7 +90,7 @@ class Publish(Message):
 class Broadcast(Message):
     """PROTOCOL 15.2, broadcast."""
 
-    channels: list[str] = []
+    channels: list[str] = msgspec.field(default_factory=list)
 
 
 class Targeted(msgspec.Struct):
@@ -308,9 +296,14 @@ class Backend:
         if data is None:
             data = check_payload(_payload(message.data, message.b64data), namespace)
             data = payloads[namespace.name] = data if namespace.binary else protocol.one_line(data)
-        key, skip_history = message.idempotency_key, message.skip_history
-        version = Version(message.version, message.version_epoch) if message.version else Version()
-        draft = Draft(data, tags=message.tags, key=key, skip_history=skip_history, delta=message.delta, version=version)
+        draft = Draft(
+            data,
+            tags=message.tags,
+            key=message.idempotency_key,
+            skip_history=message.skip_history,
+            delta=message.delta,
+            version=message.versioned,
+        )
         position = (await self._node.publish(channel, namespace, draft)).position
         return Positioned(position.offset, position.epoch if position.offset else "")
 

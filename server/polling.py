@@ -11,10 +11,10 @@ when the process ends.  PROTOCOL 17.2.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import Raw
 
 from server import orders, protocol
 from server.callers import Caller
@@ -31,10 +31,10 @@ from server.errors import (
     Unavailable,
 )
 from server.hub import Subscription
+from server.inside import InsideOutbox, LineWire, publications
 from server.manners import express
 from server.node import Node
 from server.observe import event
-from server.outbox import Outbox, Wire
 from server.stream import Cursor, Position, Publication, catch_up
 
 LONGEST_S = 60
@@ -79,39 +79,13 @@ class _Body(msgspec.Struct):
     epoch: str = ""
 
 
-class _Push(msgspec.Struct):
-    pub: Raw | UnsetType = UNSET
-
-
-class _Message(msgspec.Struct):
-    push: _Push | UnsetType = UNSET
-
-
-_message = msgspec.json.Decoder(_Message)
 _body = msgspec.json.Decoder(_Body)
 
 
-class PollWire(Wire):
-    """All polls of a process: each message on a line of its own."""
-
-    __slots__ = ()
-
-    format = "json"
-
-    def frame(self, message: bytes) -> bytes:
-        """See ``Wire.frame``; messages have no raw newlines (PROTOCOL 2.3.6)."""
-        return message + b"\n"
-
-    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        """See ``Wire.spread``."""
-        for outbox in outboxes:
-            outbox.send(data)
+WIRE = LineWire()
 
 
-WIRE = PollWire()
-
-
-class PollOutbox(Outbox):
+class PollOutbox(InsideOutbox):
     """What wakes one poll: it calls ``on_news`` once, in the turn after the first frames.
 
     From then on there is room for ``most_bytes``; what is beyond does not get into
@@ -144,9 +118,6 @@ class PollOutbox(Outbox):
         self._frames.append(frame)
         self._waiting_bytes += len(frame)
 
-    def flush(self) -> None:
-        """See ``Outbox.flush``; there is nothing to do."""
-
     async def drained(self) -> None:
         """See ``Outbox.drained``; behind the first frames nothing more is wanted, and the poll is about to end."""
         if self._frames:
@@ -155,21 +126,12 @@ class PollOutbox(Outbox):
     def close(self, disconnect: Disconnect) -> None:
         """See ``Outbox.close``; the poll's answer is its goodbye."""
 
-    def pause_reading(self) -> None:
-        """See ``Outbox.pause_reading``; nothing is read."""
-
-    def resume_reading(self) -> None:
-        """See ``Outbox.resume_reading``; nothing is read."""
-
     def publications(self) -> list[tuple[Raw, int, str]]:
         """What has come: each publication as JSON, its offset, and the epoch where it is said."""
         found = []
-        for line in b"".join(self._frames).splitlines():
-            message = _message.decode(line)
-            if message.push is UNSET or message.push.pub is UNSET:
-                continue
-            body = _body.decode(message.push.pub)
-            found.append((message.push.pub, body.offset, body.epoch))
+        for publication in publications(b"".join(self._frames)):
+            body = _body.decode(publication)
+            found.append((publication, body.offset, body.epoch))
         return found
 
 

@@ -22,11 +22,11 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from server import protocol
 from server.auth import Override
@@ -39,8 +39,8 @@ from server.errors import (
     Refused,
     Unavailable,
 )
-from server.history import HIGHEST_VERSION, Version
 from server.hooks import Allow, Change, Client, Disconnect, Exact, Hooks, Refuse, Remote, Renewal, Welcome
+from server.messages import Message
 from server.node import Node
 from server.observe import event
 from server.protocol import Payload, is_json, one_line
@@ -146,17 +146,6 @@ class _Connected(msgspec.Struct):
     channels: list[str] | None = None
     subs: dict[str, _Subscribed | None] | None = None
     meta: Payload = UNSET
-
-
-class _Published(msgspec.Struct):
-    data: Payload = UNSET
-    b64data: str = ""
-    skip_history: bool = False
-    tags: dict[str, str] | None = None
-    idempotency_key: str = ""
-    delta: bool = False
-    version: Annotated[int, Meta(ge=0, le=HIGHEST_VERSION)] = 0
-    version_epoch: Annotated[str, Meta(max_length=256)] = ""
 
 
 class _Refreshed(msgspec.Struct):
@@ -460,16 +449,21 @@ class Publishing(Proxied):
     async def ask(self, client: Client, *arguments: str, data: bytes | None) -> Change:
         """May it publish this, and what becomes of it?"""
         (channel,) = arguments
-        found = await self.require(client, data, _Published, user=client.user, channel=channel)
+        found = await self.require(client, data, Message, user=client.user, channel=channel)
         return self.endpoint.read(lambda: self._change(found))
 
-    def _change(self, found: _Published) -> Change:
+    def _change(self, found: Message) -> Change:
         if len(found.idempotency_key) > 256:
             raise Nonsense("expected an idempotency_key of at most 256 characters")
         data = _bytes("data", found.data, found.b64data)
-        data_or_unset = UNSET if data is None else Exact(data)
-        version = Version(found.version, found.version_epoch) if found.version else Version()
-        return Change(data_or_unset, found.tags, found.idempotency_key, found.skip_history, found.delta, version)
+        return Change(
+            UNSET if data is None else Exact(data),
+            found.tags,
+            found.idempotency_key,
+            found.skip_history,
+            found.delta,
+            found.versioned,
+        )
 
 
 class Refreshing(Proxied):

@@ -16,17 +16,16 @@ them has asked.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import Raw
 
 from server.channels import Namespace
 from server.errors import Disconnect, Unavailable
 from server.hub import Subscription
+from server.inside import InsideOutbox, LineWire, publications
 from server.node import Node
 from server.observe import event
-from server.outbox import Outbox, Wire
 from server.stream import ClientInfo
 
 A_SECOND = 20
@@ -61,36 +60,10 @@ class Heards(msgspec.Struct, frozen=True):
     number: int
 
 
-class _Push(msgspec.Struct):
-    pub: Raw | UnsetType = UNSET
+WIRE = LineWire()
 
 
-class _Message(msgspec.Struct):
-    push: _Push | UnsetType = UNSET
-
-
-_message = msgspec.json.Decoder(_Message)
-
-
-class SampleWire(Wire):
-    """JSON, a message a line."""
-
-    format = "json"
-
-    def frame(self, message: bytes) -> bytes:
-        """See ``Wire.frame``; messages have no raw newlines (PROTOCOL 2.3.6)."""
-        return message + b"\n"
-
-    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        """See ``Wire.spread``."""
-        for outbox in outboxes:
-            outbox.send(data)
-
-
-WIRE = SampleWire()
-
-
-class SampleOutbox(Outbox):
+class SampleOutbox(InsideOutbox):
     """Takes frames into the hands of its sample."""
 
     __slots__ = ("_sample", "wire")
@@ -99,29 +72,9 @@ class SampleOutbox(Outbox):
         self.wire = WIRE
         self._sample = sample
 
-    @property
-    def waiting_bytes(self) -> int:
-        """See ``Outbox.waiting_bytes``; nothing waits."""
-        return 0
-
     def send(self, frame: bytes) -> None:
         """See ``Outbox.send``."""
         self._sample.take(frame)
-
-    def flush(self) -> None:
-        """See ``Outbox.flush``; there is nothing to do."""
-
-    async def drained(self) -> None:
-        """See ``Outbox.drained``; nothing waits."""
-
-    def close(self, disconnect: Disconnect) -> None:
-        """See ``Outbox.close``; nobody is at the other end."""
-
-    def pause_reading(self) -> None:
-        """See ``Outbox.pause_reading``; nothing is read."""
-
-    def resume_reading(self) -> None:
-        """See ``Outbox.resume_reading``; nothing is read."""
 
 
 class Sample:
@@ -163,10 +116,7 @@ class Sample:
 
     def take(self, frames: bytes) -> None:
         """Frames have come, in the middle of a fan-out: the subscription must stay as it is until that is over."""
-        for line in frames.splitlines():
-            message = _message.decode(line)
-            if message.push is UNSET or message.push.pub is UNSET:
-                continue
+        for publication in publications(frames):
             second = int(self._loop.time())
             if second != self._second:
                 self._second, self._this_second = second, 0
@@ -175,7 +125,7 @@ class Sample:
                 self._gap = True
                 continue
             self._number += 1
-            self._heard.append(Heard(self._number, self._node.now_ms, self._gap, message.push.pub))
+            self._heard.append(Heard(self._number, self._node.now_ms, self._gap, publication))
             self._gap = False
             if self._this_second == A_SECOND:
                 self._loop.call_soon(self._rest)

@@ -17,7 +17,7 @@ import heapq
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -32,9 +32,10 @@ from server.configuration import load
 from server.errors import SHUTDOWN, Disconnect
 from server.history.memory import MemoryHistory
 from server.hooks import CLEAR_UP_S
+from server.inside import InsideOutbox, LineWire
 from server.jwks import Keys
 from server.node import Node
-from server.outbox import Outbox, Request, Wire
+from server.outbox import Request
 from server.presence.memory import MemoryPresence
 from server.session import Gate, Session
 from server.settings import TRY_OUT
@@ -78,21 +79,10 @@ class ConnectionEnded(Exception):
 
 
 # --- the short way between a client and its session ------------------------------
-class _Wire(Wire):
-    format = "json"
-
-    def frame(self, message: bytes) -> bytes:
-        return message + b"\n"
-
-    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        for outbox in outboxes:
-            outbox.send(data)
+_WIRE = LineWire()
 
 
-_WIRE = _Wire()
-
-
-class _Mailbox(Outbox):
+class _Mailbox(InsideOutbox):
     """Ends in a client, a loop turn later."""
 
     def __init__(self, client: "SimulatedClient") -> None:
@@ -100,30 +90,14 @@ class _Mailbox(Outbox):
         self._client = client
         self._open = True
 
-    @property
-    def waiting_bytes(self) -> int:
-        return 0
-
     def send(self, frame: bytes) -> None:
         if self._open:
             asyncio.get_running_loop().call_soon(self._client._arrive, frame)
-
-    def flush(self) -> None:
-        return
-
-    async def drained(self) -> None:
-        return
 
     def close(self, disconnect: Disconnect) -> None:
         if self._open:
             self._open = False
             asyncio.get_running_loop().call_soon(self._client._end, disconnect.code, disconnect.reason)
-
-    def pause_reading(self) -> None:
-        return
-
-    def resume_reading(self) -> None:
-        return
 
 
 # --- clients ------------------------------------------------------------------------

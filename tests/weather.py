@@ -10,7 +10,7 @@ message; ``World.settle`` clears the sky and checks that everybody reaches the t
 import asyncio
 import json
 import selectors
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Any, Self
 
@@ -25,8 +25,9 @@ from server.commands import SKILLS
 from server.errors import Disconnect
 from server.history import Appended, Draft, Retention
 from server.history.memory import Log, MemoryHistory
+from server.inside import InsideOutbox, LineWire
 from server.node import Node
-from server.outbox import Outbox, Request, Wire
+from server.outbox import Request
 from server.presence.memory import Board, MemoryPresence
 from server.session import Session
 from server.settings import Settings
@@ -168,26 +169,10 @@ class SlowHistory(MemoryHistory):
 
 
 # --- clients ---------------------------------------------------------------------------
-class PlainWire(Wire):
-    """Messages as they are."""
-
-    def __init__(self, format: str = "json") -> None:
-        self.format = format
-
-    def frame(self, message: bytes) -> bytes:
-        """No frame at all, but an end."""
-        return message + b"\n"
-
-    def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        """To each."""
-        for outbox in outboxes:
-            outbox.send(data)
+WIRE = LineWire()
 
 
-WIRE = PlainWire()
-
-
-class Mailbox(Outbox):
+class Mailbox(InsideOutbox):
     """An outbox that ends in a listener of this process, a loop turn later."""
 
     def __init__(self, listener: "Listener", weather: Weather) -> None:
@@ -195,11 +180,6 @@ class Mailbox(Outbox):
         self._listener = listener
         self._weather = weather
         self._open = True
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Nothing ever waits here for long."""
-        return 0
 
     def send(self, frame: bytes) -> None:
         """See ``Outbox.send``."""
@@ -211,9 +191,6 @@ class Mailbox(Outbox):
             for line in frame.decode().splitlines():
                 self._listener.take(json.loads(line))
 
-    def flush(self) -> None:
-        """See ``Outbox.flush``; the order of arrival is that of sending."""
-
     async def drained(self) -> None:
         """The socket takes its time."""
         await asyncio.sleep(self._weather.wait_s(self._weather.socket_s))
@@ -222,12 +199,6 @@ class Mailbox(Outbox):
         """See ``Outbox.close``."""
         self._open = False
         asyncio.get_running_loop().call_soon(self._listener.ended, self, disconnect)
-
-    def pause_reading(self) -> None:
-        """Nobody floods here."""
-
-    def resume_reading(self) -> None:
-        """Nobody floods here."""
 
 
 class Listener:

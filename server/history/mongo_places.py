@@ -10,14 +10,16 @@ from a new one.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 from server.errors import Unavailable
 from server.history.mongo_scheme import CHANNELS, LOG, TRUST_S, Channel, Document, LastVersion, Record, slots
 from server.history.mongo_server import MongoServer
 from server.observe import event
 from server.stream import Position
+
+T = TypeVar("T")
 
 PLACES = 100_000
 RUMOURS = 10_000
@@ -359,25 +361,21 @@ class Places:
     # --- documents --------------------------------------------------------------
     def records(self, documents: Iterable[Document]) -> list[Record]:
         """The records among ``documents`` of the log; what is not ours is skipped, and named in a warning."""
-        records = []
-        for document in documents:
-            record = Record.of(document)
-            if record is None:
-                self.skip(LOG, document)
-            else:
-                records.append(record)
-        return records
+        return self._ours(LOG, documents, Record.of)
 
     def channels(self, documents: Iterable[Document]) -> list[Channel]:
         """The same for documents of ``channels``."""
-        channels = []
+        return self._ours(CHANNELS, documents, Channel.of)
+
+    def _ours(self, collection: str, documents: Iterable[Document], read: Callable[[Document], T | None]) -> list[T]:
+        found = []
         for document in documents:
-            channel = Channel.of(document)
-            if channel is None:
-                self.skip(CHANNELS, document)
+            one = read(document)
+            if one is None:
+                self.skip(collection, document)
             else:
-                channels.append(channel)
-        return channels
+                found.append(one)
+        return found
 
     def skip(self, collection: str, document: Document) -> None:
         """Warn of a document that is not ours, once."""
