@@ -334,16 +334,6 @@ _HEAD_16 = struct.Struct("!BBH").pack
 _HEAD_64 = struct.Struct("!BBQ").pack
 
 
-def text_frame(payload: bytes) -> bytes:
-    """A whole text message; ``payload`` must be UTF-8, which is not looked at here."""
-    return message_frame(TEXT, payload)
-
-
-def binary_frame(payload: bytes) -> bytes:
-    """A whole binary message."""
-    return message_frame(BINARY, payload)
-
-
 def ping_frame(data: bytes = b"") -> bytes:
     """A ping; raises ``ValueError`` above 125 bytes."""
     return _control_frame(PING, data)

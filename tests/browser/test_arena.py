@@ -203,7 +203,7 @@ async def test_a_cut_that_nobody_tells_and_a_reload_in_the_middle(browser: Brows
             async with pilots(browser, wire.http, "Ada", outages=True) as (ada,):
                 await duel(grace, ada)
                 await grace.shows(("Grace", 1, 0), ("Ada", 0, 1))
-                await wire.cut()
+                await wire.end()
                 await expect(ada.page.locator("#state")).to_contain_text("Connection lost", timeout=PATIENCE_MS)
                 await grace.until("arena.strangers.size === 0")
                 await ada.is_hit()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from ports import free_port
+from relay import Relay, Streams
 
 
 def listening() -> socket.socket:
@@ -18,7 +19,7 @@ def listening() -> socket.socket:
     return sock
 
 
-class Balancer:
+class Balancer(Relay):
     """A TCP proxy before some ports of 127.0.0.1; a port that refuses is passed over.
 
     Each server is *next* in turn, so that two connections of one client end at
@@ -26,14 +27,12 @@ class Balancer:
     """
 
     def __init__(self, ports: Sequence[int]) -> None:
+        super().__init__()
         self.ports = ports
         self.port = 0
         self.served: list[int] = []
         """The port of each connection so far, in their order."""
         self._turns = itertools.cycle(ports)
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
@@ -55,41 +54,10 @@ class Balancer:
     async def serve(self, sock: socket.socket) -> None:
         """Take connections from ``sock``, which listens already."""
         self.port = sock.getsockname()[1]
-        self._server = await asyncio.start_server(self._accept, sock=sock)
+        self._server = await asyncio.start_server(self.accept, sock=sock)
 
-    async def end(self) -> None:
-        """Take no more, and break what there is."""
-        if self._server is not None:
-            self._server.close()
-        self.cut()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def cut(self) -> None:
-        """Break every connection at once, without a goodbye."""
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
-        try:
-            far_reader, far_writer = await self._next_server()
-            self._writers.add(far_writer)
-            try:
-                await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
-            finally:
-                self._writers.discard(far_writer)
-                far_writer.transport.abort()
-        except OSError:
-            pass  # one side is gone, or was cut: the other goes, too
-        finally:
-            self._writers.discard(writer)
-            self._tasks.discard(task)
-            writer.transport.abort()
-
-    async def _next_server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def far(self) -> Streams:
+        """To the next server that is there."""
         for port in itertools.islice(self._turns, len(self.ports)):
             try:
                 streams = await asyncio.open_connection("127.0.0.1", port)
@@ -98,10 +66,3 @@ class Balancer:
             self.served.append(port)
             return streams
         raise ConnectionRefusedError("no server is there")
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.write_eof()

@@ -21,13 +21,12 @@ from handlers.frames import (
     Ping,
     Pong,
     Violation,
-    binary_frame,
     close_frame,
     frame_around,
     is_close_code,
+    message_frame,
     ping_frame,
     pong_frame,
-    text_frame,
 )
 
 LIMIT = 70_000
@@ -181,7 +180,7 @@ def test_short_way_is_taken(size: int) -> None:
         client_frame(TEXT, b"\xff"),
         client_frame(BINARY, b"x"),
         client_frame(TEXT, b"x", reserved=0x40),
-        text_frame(b"xxxxxx"),
+        message_frame(TEXT, b"xxxxxx"),
         client_frame(CLOSE),
         b"\x81",
     ],
@@ -382,7 +381,7 @@ def test_empty_fragments_cost_nothing() -> None:
 def test_frames_to_a_client(is_text: bool, payload: bytes) -> None:
     """RFC 6455 5.1, 5.2: our frames are whole, unmasked, and have their length in its shortest form."""
     opcode = TEXT if is_text else BINARY
-    frame = text_frame(payload) if is_text else binary_frame(payload)
+    frame = message_frame(TEXT if is_text else BINARY, payload)
     assert frame[0] == 0x80 | opcode
     size = len(payload)
     width = 0 if size < 126 else 2 if size < 0x10000 else 8
@@ -421,7 +420,7 @@ def test_frame_around(payloads: list[bytes], data: st.DataObject) -> None:
     run = b""
     edges = [0]
     for payload in payloads:
-        run += binary_frame(payload)
+        run += message_frame(BINARY, payload)
         edges.append(len(run))
     at = data.draw(st.one_of(st.integers(0, len(run)), st.sampled_from(edges)))
     begin, end = frame_around(run, at)

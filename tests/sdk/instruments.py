@@ -21,6 +21,7 @@ import centrifuge  # type: ignore[import-untyped]
 import support
 from cent import AsyncClient, PublishRequest
 from centrifuge import ClientEventHandler, DeltaType, FilterNode, ReplyError, StreamPosition, SubscriptionEventHandler
+from relay import Relay, Streams
 from support import PATIENCE_S, Process, Site, token
 
 from server.configuration import load
@@ -512,30 +513,24 @@ async def js_player(
 
 
 # --- a wire that can be cut ---------------------------------------------------------
-class Relay:
+class Line(Relay):
     """Carries TCP connections to a port, until it is told to cut them."""
 
     def __init__(self, port: int) -> None:
+        super().__init__()
         self._to = port
         self._open = asyncio.Event()
         self._open.set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
         self.carried = 0
         """Connections that were carried so far."""
 
-    async def __aenter__(self) -> "Relay":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+    async def __aenter__(self) -> "Line":
+        self._server = await asyncio.start_server(self.accept, "127.0.0.1", 0)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         assert self._server is not None
-        self._server.close()
-        self.cut()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.end()
         await self._server.wait_closed()
 
     @property
@@ -544,11 +539,6 @@ class Relay:
         assert self._server is not None
         port = self._server.sockets[0].getsockname()[1]
         return f"ws://127.0.0.1:{port}/connection/websocket"
-
-    def cut(self) -> None:
-        """Break every connection at once, without a goodbye."""
-        for writer in self._writers:
-            writer.transport.abort()
 
     @contextmanager
     def severed(self) -> Iterator[None]:
@@ -560,34 +550,12 @@ class Relay:
         finally:
             self._open.set()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
-        try:
-            await self._open.wait()
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
-            self._writers.add(far_writer)
-            self.carried += 1
-            try:
-                await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
-            finally:
-                self._writers.discard(far_writer)
-                far_writer.transport.abort()
-        except OSError:
-            pass  # the other side is gone, or was cut: this side goes, too
-        finally:
-            self._writers.discard(writer)
-            self._tasks.discard(task)
-            writer.transport.abort()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.write_eof()
+    async def far(self) -> Streams:
+        """See ``Relay.far``; who comes while it is severed waits."""
+        await self._open.wait()
+        streams = await asyncio.open_connection("127.0.0.1", self._to)
+        self.carried += 1
+        return streams
 
 
 # --- the back end -------------------------------------------------------------------

@@ -4,7 +4,7 @@ PROTOCOL 2.3, 3.4, 11.3, 19.
 """
 
 import pytest
-from instruments import EMULATED, JsPlayer, Kind, Relay, back_end, playing, publish, serving
+from instruments import EMULATED, JsPlayer, Kind, Line, back_end, playing, publish, serving
 
 pytestmark = pytest.mark.parametrize("kind", [Kind("js", "json"), Kind("js", "protobuf"), *EMULATED], ids=str)
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.parametrize("kind", [Kind("js", "json"), Kind("js", "pr
 async def test_connect_and_subscribe_in_one_frame(kind: Kind) -> None:
     """Subscriptions that wait for the connection come in connect's frame; each is served, up to the limit of 128."""
     channels = [f"chat:{number}" for number in range(130)]
-    async with serving() as site, Relay(site.port) as relay, playing(kind, relay.url, connect=False) as player:
+    async with serving() as site, Line(site.port) as relay, playing(kind, relay.url, connect=False) as player:
         for channel in channels:
             await player.subscribe(channel)
         await player.connect()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from instruments import Kind, Relay, back_end, batched, complaints, config, playing, publish
+from instruments import Kind, Line, back_end, batched, complaints, config, playing, publish
 from support import Process
 
 from server.history import QUEUE_PUBLICATIONS, Draft, Retention
@@ -53,7 +53,7 @@ async def test_recovers_all_at_a_constant_cost(kind: Kind, missed: int, tmp_path
     file = tmp_path / "history.db"
     caught_up = asyncio.Event()
     with Process(tmp_path, config(sqlite={"path": str(file)})) as server:
-        async with Relay(server.port) as relay, playing(kind, relay.url) as player, back_end(server.port) as api:
+        async with Line(server.port) as relay, playing(kind, relay.url) as player, back_end(server.port) as api:
 
             async def keep_busy() -> int:
                 number = missed + 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cent import PublishRequest
-from instruments import EMULATED, KINDS, Kind, Relay, back_end, playing, serving, settings
+from instruments import EMULATED, KINDS, Kind, Line, back_end, playing, serving, settings
 from support import KEPT, Site
 
 from server.history import Draft
@@ -37,7 +37,7 @@ async def _say(site: Site, channel: str, number: int, **options: Any) -> None:
 
 async def test_patches(kind: Kind) -> None:
     """Live, through a cut with recovery, and live again: each SDK puts together exactly what was published."""
-    async with serving(_spaces()) as site, Relay(site.port) as relay, playing(kind, relay.url) as player:
+    async with serving(_spaces()) as site, Line(site.port) as relay, playing(kind, relay.url) as player:
         await player.subscribed("doc:1", delta="fossil")
         await player.subscribed("doc:2")
         heard = []
@@ -75,7 +75,7 @@ async def test_filters(kind: Kind) -> None:
         "nodes": [{"key": "lang", "cmp": "in", "vals": ["de", "en"]}, {"key": "price", "cmp": "lt", "val": "10.5"}],
     }
     tags = [{"lang": lang, "price": price} for lang in ("de", "fr", "en") for price in ("10.49", "10.5", "free")]
-    async with serving(_spaces()) as site, Relay(site.port) as relay, playing(kind, relay.url) as player:
+    async with serving(_spaces()) as site, Line(site.port) as relay, playing(kind, relay.url) as player:
         await player.subscribed("doc:1", tags_filter=wanted)
         for number, some in enumerate(tags):
             await _say(site, "doc:1", number, tags=some)
@@ -94,7 +94,7 @@ async def test_filters(kind: Kind) -> None:
 
 async def test_the_newest_only(kind: Kind) -> None:
     """In cache mode each subscribe brings the newest publication, at first and after a cut, and none twice."""
-    async with serving(_spaces()) as site, Relay(site.port) as relay, playing(kind, relay.url) as player:
+    async with serving(_spaces()) as site, Line(site.port) as relay, playing(kind, relay.url) as player:
         for number in (1, 2, 3):
             await _say(site, "score:1", number)
         assert (await player.subscribed("score:1", delta="fossil"))["recovered"]

@@ -25,9 +25,9 @@ from instruments import (
     EMULATED,
     KINDS,
     Kind,
+    Line,
     Player,
     RefusedBySdk,
-    Relay,
     Tokens,
     back_end,
     complaints,
@@ -292,7 +292,7 @@ async def test_rpc_publish_is_idempotent(kind: Kind) -> None:
 # --- recovery ----------------------------------------------------------------------
 async def test_recovers_after_a_cut(kind: Kind) -> None:
     """What was published while the connection was cut comes in order on return, then what is live."""
-    async with serving() as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving() as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url) as player:
             await player.subscribed("chat:1")
             await publish(api, "chat:1", [1, 2], at_once=1)
@@ -310,7 +310,7 @@ async def test_recovers_after_a_cut(kind: Kind) -> None:
 
 async def test_recovers_many_pages_while_more_are_published(kind: Kind) -> None:
     """A thousand missed ones, ten pages of history, come in order and once although the channel is busy meanwhile."""
-    async with serving() as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving() as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url) as player:
             await player.subscribed("chat:1")
             await publish(api, "chat:1", [0])
@@ -331,7 +331,7 @@ async def test_recovers_many_pages_while_more_are_published(kind: Kind) -> None:
 async def test_learns_that_history_is_gone(kind: Kind) -> None:
     """Who missed more than the channel keeps is told that it was not recovered, and goes on from the top."""
     with_short = settings(channel={"namespaces": [SHORT]})
-    async with serving(with_short) as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving(with_short) as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url) as player:
             await player.subscribed("short:1")
             await publish(api, "short:1", [1])
@@ -348,7 +348,7 @@ async def test_learns_that_history_is_gone(kind: Kind) -> None:
 
 async def test_learns_that_the_epoch_is_another(kind: Kind) -> None:
     """After a restore from backup numbers mean something else: not recovered, and the new epoch is learned."""
-    async with serving() as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving() as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url) as player:
             await player.subscribed("chat:1")
             await publish(api, "chat:1", [1])
@@ -371,7 +371,7 @@ async def test_state_is_loaded_when_history_is_gone(kind: Kind) -> None:
     """With a state of its own the application is asked for it at first and after error 112; nothing is missed then."""
     with_short = settings(channel={"namespaces": [SHORT]})
     state = (0, "")
-    async with serving(with_short) as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving(with_short) as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url, states=lambda: state) as player:
             subscribed = await player.subscribed("short:1", get_state=True)
             await player.next("asked", "short:1")
@@ -543,7 +543,7 @@ async def test_a_subscription_that_is_not_refreshed_ends(kind: Kind) -> None:
 # --- server-side subscriptions -----------------------------------------------------------
 async def test_channels_of_the_token_recover(kind: Kind) -> None:
     """Channels named in the token are followed from connect on, and recovered when the connection is cut."""
-    async with serving() as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving() as site, Line(site.port) as relay, back_end(site.port) as api:
         token = signed(site, sub="42", channels=["chat:news", "live:news"])
         async with playing(kind, relay.url, token=token) as player:
             subscribed = await player.next("server_subscribed", "chat:news")
@@ -582,7 +582,7 @@ async def test_the_personal_channel_recovers(kind: Kind) -> None:
     """Every signed-in client follows its user's own channel, and misses nothing that is published there."""
     personal = {"enabled": True, "personal_channel_namespace": "chat"}
     with_personal = settings(client={"subscribe_to_user_personal_channel": personal})
-    async with serving(with_personal) as site, Relay(site.port) as relay, back_end(site.port) as api:
+    async with serving(with_personal) as site, Line(site.port) as relay, back_end(site.port) as api:
         async with playing(kind, relay.url, token=signed(site, sub="42")) as player:
             await player.next("server_subscribed", "chat:#42")
             with relay.severed():
