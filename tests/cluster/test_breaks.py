@@ -203,7 +203,7 @@ async def test_redis_dies_and_comes_back_empty(tmp_path: Path) -> None:
         async with stage.broken("redis emptied", one):
             for number in range(5):
                 assert await _position(one, "chat:1", number) == number + 1
-            await eve.until(lambda: len(_heard(eve, "chat:1")) == 5)
+            await eve.until(lambda: len(_heard(eve, "chat:1")) == 5, SWEEP_S + SLACK_S)
             await one.ready(503)
             assert await _say(one, "live:1", "here only") == {"result": {}}
             await bob.until(lambda: _heard(bob, "live:1") == ["here only"])
@@ -229,7 +229,7 @@ async def test_redis_out_of_reach(tmp_path: Path, kind: str) -> None:
             await one.ready(503)
             for number in range(3):
                 assert await _position(other, "chat:1", number) == number + 1
-            await eve.until(lambda: len(_heard(eve, "chat:1")) == 3)
+            await eve.until(lambda: len(_heard(eve, "chat:1")) == 3, SWEEP_S + SLACK_S)
         await one.ready()
         await _say_until_heard(other, "live:1", "again", eve)
         assert _heard(eve, "chat:1") == [0, 1, 2]
