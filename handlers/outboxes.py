@@ -27,7 +27,6 @@ that closes has left the session behind and is bounded in bytes and in time:
 """
 
 import asyncio
-import os
 import socket
 import ssl
 import struct
@@ -39,6 +38,7 @@ from typing import ClassVar, Protocol, cast
 
 from tornado.iostream import IOStream, StreamClosedError
 
+from handlers.arrivals import Arrivals
 from server import errors
 from server.outbox import Outbox, Wire
 from server.protocol import Codec
@@ -132,10 +132,11 @@ class BareWire(Wire):
 
     def __init__(self, codec: Codec, *, queue_max_size: int, stall_timeout_s: float) -> None:
         self.format = codec.format
-        self._codec = codec
+        self.codec = codec
         self.queue_max_size = queue_max_size
         self.stall_timeout_s = stall_timeout_s
         self.loop = asyncio.get_running_loop()
+        self.arrivals = Arrivals()
         self.backlogged: set[BareOutbox] = set()
         self.closing: dict[BareOutbox, float] = {}
         self.goodbye_timeout_s = CLOSE_TIMEOUT_S
@@ -143,11 +144,6 @@ class BareWire(Wire):
         self.owed_timeout_s = max(CLOSE_TIMEOUT_S, stall_timeout_s)
         """How long it may take over what stands before the goodbye."""
         self._dirty: list[BareOutbox] = []
-
-    @property
-    def codec(self) -> Codec:
-        """See ``Wire.codec``."""
-        return self._codec
 
     @abstractmethod
     def around(self, data: bytes | bytearray, at: int) -> tuple[int, int]:
@@ -157,16 +153,18 @@ class BareWire(Wire):
         """
 
     def spread(self, outboxes: Iterable[Outbox], data: bytes) -> None:
-        """See ``Wire.spread``; one system call for each socket that has nothing waiting."""
-        write = os.write
+        """See ``Wire.spread``; one system call for each socket that has nothing waiting.
+
+        ``send`` and not ``os.write``, which has the kernel look for a file first: 0.15 µs of 5.
+        """
         size = len(data)
         for outbox in cast("Iterable[BareOutbox]", outboxes):
-            fd = outbox._direct
-            if fd < 0:
+            sock = outbox._direct
+            if sock is None:
                 outbox._put(data)
                 continue
             try:
-                sent = write(fd, data)
+                sent = sock.send(data)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -174,6 +172,18 @@ class BareWire(Wire):
                 continue
             if sent != size:
                 outbox._keep(data, sent)
+
+    def post(self, outboxes: Iterable[Outbox], data: bytes) -> None:
+        """See ``Wire.post``; ``BareOutbox.send`` without its calls, 0.1 µs each."""
+        for outbox in cast("Iterable[BareOutbox]", outboxes):
+            if outbox._pending is None and outbox._state is OPEN:
+                outbox._pending = data
+                outbox._direct = None
+                if not self._dirty:
+                    self.loop.call_soon(self._flush_dirty)
+                self._dirty.append(outbox)
+            else:
+                outbox.send(data)
 
     def check_stalled(self, now: float) -> None:
         """Find who took nothing for too long, and whose goodbye takes too long; call it once a second.
@@ -202,7 +212,6 @@ class BareWire(Wire):
         This is ``flush`` without its five calls: 0.45 µs of the 7.5 of a delivery in a room of five.
         """
         dirty, self._dirty = self._dirty, []
-        write = os.write
         for outbox in dirty:
             pending = outbox._pending
             if pending is None:
@@ -211,16 +220,16 @@ class BareWire(Wire):
                 outbox.flush()
                 continue
             outbox._pending = None  # what is pending is pending while the state is ``OPEN`` only
-            data = pending[0] if len(pending) == 1 else b"".join(pending)
+            data = b"".join(pending) if isinstance(pending, list) else pending
             try:
-                sent = write(outbox._fd, data)
+                sent = outbox._sock.send(data)
             except BlockingIOError:
                 sent = 0
             except OSError:
                 outbox._lose_soon()
                 continue
             if sent == len(data):
-                outbox._direct = outbox._fd
+                outbox._direct = outbox._sock
             else:
                 outbox._keep(data, sent)
 
@@ -228,9 +237,9 @@ class BareWire(Wire):
 class BareOutbox(Outbox):
     """One connection: its socket, and what waits for it.
 
-    ``_direct`` is the socket's number while frames may be written to it straight
-    away: it is open, not TLS, and nothing waits.  Else it is -1.  That makes one
-    comparison of the hot loop's every question.
+    ``_direct`` is the socket while frames may be written to it straight away: it is
+    open, not TLS, and nothing waits.  Else it is ``None``.  That makes one comparison of
+    the hot loop's every question.
     """
 
     __slots__ = (
@@ -252,12 +261,13 @@ class BareOutbox(Outbox):
         self.wire = wire
         self._sock = sock
         self._fd = sock.fileno()
-        self._direct = self._fd if self._plain else -1
+        self._direct: socket.socket | None = sock if self._plain else None
         self._held = 0
         """Bytes at the head of the backlog that must be written as they are, though they are not counted as sent."""
         self._session: Listener | None = None
         self._state = State.OPEN
-        self._pending: list[bytes] | None = None
+        self._pending: bytes | list[bytes] | None = None
+        """What was sent in this turn; one frame, which it mostly is, in no list of its own."""
         self._backlog: Backlog | None = None
 
     def __repr__(self) -> str:
@@ -268,7 +278,10 @@ class BareOutbox(Outbox):
     def waiting_bytes(self) -> int:
         """See ``Outbox.waiting_bytes``."""
         waiting = self._backlog.left if self._backlog is not None else 0
-        return waiting + sum(map(len, self._pending)) if self._pending is not None else waiting
+        pending = self._pending
+        if pending is None:
+            return waiting
+        return waiting + (sum(map(len, pending)) if isinstance(pending, list) else len(pending))
 
     @property
     def progress_at(self) -> float:
@@ -277,12 +290,16 @@ class BareOutbox(Outbox):
 
     def send(self, frame: bytes) -> None:
         """See ``Outbox.send``."""
-        if self._pending is not None:
-            self._pending.append(frame)
-        elif self._state is OPEN:
-            self._pending = [frame]
-            self._direct = -1
-            self.wire._mark(self)
+        pending = self._pending
+        if pending is None:
+            if self._state is OPEN:
+                self._pending = frame
+                self._direct = None
+                self.wire._mark(self)
+        elif isinstance(pending, list):
+            pending.append(frame)
+        else:
+            self._pending = [pending, frame]
 
     def flush(self) -> None:
         """See ``Outbox.flush``."""
@@ -316,8 +333,8 @@ class BareOutbox(Outbox):
         """The last bytes of a connection that ends with this code."""
 
     @abstractmethod
-    def _readable(self) -> None:
-        """Something has come, or the end."""
+    def readable(self) -> None:
+        """See ``arrivals.Reader``."""
 
     @abstractmethod
     def _goodbye_said(self) -> None:
@@ -338,7 +355,7 @@ class BareOutbox(Outbox):
     def _write(self, data: bytes | memoryview) -> int:
         """Give bytes to the socket, say how many it took (0 if it is full); raises ``OSError``."""
         try:
-            return os.write(self._fd, data)
+            return self._sock.send(data)
         except BlockingIOError:
             return 0
 
@@ -347,9 +364,10 @@ class BareOutbox(Outbox):
         pending, self._pending = self._pending, None
         if pending is None:
             return data
-        if data:
-            pending.append(data)
-        return pending[0] if len(pending) == 1 else b"".join(pending)
+        if not isinstance(pending, list):
+            return pending + data
+        pending.append(data)
+        return b"".join(pending)
 
     def _put(self, data: bytes) -> None:
         """Write what is pending and ``data`` now, as far as the socket takes it."""
@@ -361,7 +379,7 @@ class BareOutbox(Outbox):
             self._lose_soon()
             return
         if self._backlog is None:
-            self._direct = self._fd if self._plain else -1
+            self._direct = self._sock if self._plain else None
         else:
             self._check_limit()
 
@@ -376,7 +394,7 @@ class BareOutbox(Outbox):
 
     def _keep(self, data: bytes, sent: int) -> None:
         """Let the rest wait of what a fan-out could not write."""
-        self._direct = -1
+        self._direct = None
         self._start_backlog(data, sent)
         self._check_limit()
 
@@ -416,7 +434,7 @@ class BareOutbox(Outbox):
         if self._state is not State.OPEN:
             self._goodbye_said()
         elif self._plain and self._pending is None:
-            self._direct = self._fd
+            self._direct = self._sock
 
     # --- ending ---
     def _too_slow(self) -> None:
@@ -445,7 +463,7 @@ class BareOutbox(Outbox):
         if self._state is State.CLOSED:
             return
         self._state = State.LOST
-        self._direct = -1
+        self._direct = None
         self._pending = None
         self.wire.loop.call_soon(self._lose)
 
@@ -466,7 +484,7 @@ class BareOutbox(Outbox):
         """
         slow = self._state is State.SLOW
         self._state = state
-        self._direct = -1
+        self._direct = None
         allowed_s = self.wire.goodbye_timeout_s if slow else self.wire.owed_timeout_s
         self.wire.closing[self] = self.wire.loop.time() + allowed_s
         try:
@@ -502,9 +520,9 @@ class BareOutbox(Outbox):
         if self._state is State.CLOSED:
             return
         self._state = State.CLOSED
-        self._direct = -1
+        self._direct = None
         self._pending = None
-        self.wire.loop.remove_reader(self._fd)
+        self.wire.arrivals.ignore(self._fd)
         self.wire.closing.pop(self, None)
         if self._backlog is not None:
             self._backlog.wake(errors.CONNECTION_CLOSED)
@@ -550,9 +568,14 @@ class Tls(BareOutbox):
     def _writable(self) -> None:
         if self._backlog is None:
             self.wire.loop.remove_writer(self._fd)
-            self._readable()
+            self.readable()
         else:
             super()._writable()
+
+    def _shut(self) -> None:
+        if self._state is not State.CLOSED:
+            self.wire.loop.remove_writer(self._fd)  # it may wait for room to answer a change of keys
+        super()._shut()
 
     def _end_writing(self) -> None:
         with suppress(OSError, ValueError):

@@ -173,7 +173,12 @@ class SocketOutbox(BareOutbox):
         if self._reading in (Reading.ON, Reading.RESUMING) or self._state is State.CLOSED:
             return
         if self._reading is Reading.OFF:
-            self.wire.loop.add_reader(self._fd, self._readable)
+            try:
+                self.wire.arrivals.expect(self._fd, self)
+            except OSError as fault:  # the system has no more of what it takes
+                event("task.failed", task="read a socket", fault=fault)
+                self._lose_soon()
+                return
         self._go_on_soon()
 
     def _go_on_soon(self) -> None:
@@ -188,11 +193,12 @@ class SocketOutbox(BareOutbox):
         return ping_frame()
 
     # --- reading ---
-    def _readable(self) -> None:
+    def readable(self) -> None:
+        """See ``arrivals.Reader``."""
         if self._reading is not ON:
             if self._reading is Reading.PAUSED:
                 self._reading = Reading.OFF
-                self.wire.loop.remove_reader(self._fd)
+                self.wire.arrivals.ignore(self._fd)
             return
         try:
             data = self._read()
@@ -335,7 +341,7 @@ class TlsOutbox(Tls, SocketOutbox):
         # The loop does not see what OpenSSL has decrypted already.  Our reads take records
         # whole and leave nothing; the last one before the takeover was Tornado's.
         if self._reading is Reading.ON:
-            self._readable()
+            self.readable()
 
 
 # --- the way in ---------------------------------------------------------------

@@ -168,9 +168,9 @@ class StreamOutbox(BareOutbox):
         if self._sock.fileno() < 0:
             return
         self._session = session
-        self.wire.loop.add_reader(self._fd, self._readable)
+        self.wire.arrivals.expect(self._fd, self)
         # The end may have come while Tornado was still reading, and TLS may hold it where the loop does not look.
-        self.wire.loop.call_soon(self._readable)
+        self.wire.loop.call_soon(self.readable)
 
     def on_resume(self, call: Callable[[], None]) -> None:
         """Call this each time when the session takes commands again."""
@@ -187,7 +187,8 @@ class StreamOutbox(BareOutbox):
             if self._on_resume is not None:
                 self.wire.loop.call_soon(self._on_resume)
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
+        """See ``arrivals.Reader``."""
         if self._sock.fileno() < 0:
             return
         try:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Protocol
 from server import protocol
 from server.channels import Namespace
 from server.errors import INAPPROPRIATE_PROTOCOL, Disconnect
-from server.manners import Delta, Manner, Patches, Sending, encode, express
+from server.manners import Delta, Manner, Patches, Sending, encode, in_full
 from server.metrics import SECONDS, Histogram
 from server.outbox import Outbox, Wire
 from server.stream import (
@@ -210,6 +210,12 @@ class Feed:
 
     def __repr__(self) -> str:
         return f"<Feed {self.channel!r} at {self.cursor} live={self.size} catching={len(self.catching)}>"
+
+    @property
+    def followed(self) -> bool:
+        """Has the broker been asked to bring what others say here, and answered?"""
+        asked = self.following
+        return asked is not None and asked.done() and not asked.cancelled() and asked.exception() is None
 
     @property
     def size(self) -> int:
@@ -521,8 +527,7 @@ class Hub:
         for manner, group in feed.live.items():
             try:
                 if manner.plain:  # nearly always: nothing to decide, and nobody to share the frame with
-                    body = express(manner.wire.format, publication, epoch, feed.namespace)
-                    frame = encode(manner, feed.channel, feed.number, "pub", body)
+                    frame = in_full(manner, feed.channel, feed.number, feed.namespace, publication, epoch)
                 else:
                     if sending is None:
                         sending = self._sending(feed, publication, epoch, _live_base(feed, publication))
@@ -551,8 +556,7 @@ class Hub:
         """One frame to all of a group: to a few at once, to many at the end of the turn."""
         self.deliveries += len(group)
         if len(group) <= FEW and not feed.pending:
-            for outbox in group:
-                outbox.send(frame)
+            manner.wire.post(group, frame)
             return
         if not feed.pending:
             if not self._dirty:
@@ -604,8 +608,7 @@ class Hub:
         for publication in publications:
             try:
                 if manner.plain:
-                    body = express(manner.wire.format, publication, epoch, feed.namespace)
-                    frame = encode(manner, feed.channel, feed.number, "pub", body)
+                    frame = in_full(manner, feed.channel, feed.number, feed.namespace, publication, epoch)
                 else:
                     sending = self._sending(feed, publication, epoch, subscription.base)
                     if manner.filter is not None and not sending.wanted(manner.filter):
@@ -647,8 +650,7 @@ class Hub:
                 if alone:
                     manner.wire.spread(group, data)
                 else:
-                    for outbox in group:
-                        outbox.send(data)
+                    manner.wire.post(group, data)
         for outbox, frame in after:
             outbox.send(frame)
         if dirty:

@@ -12,6 +12,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from server.errors import Disconnect
 from server.outbox import Outbox, Wire
+from server.protocol import JSON
 
 
 class LineWire(Wire):
@@ -20,6 +21,7 @@ class LineWire(Wire):
     __slots__ = ()
 
     format = "json"
+    codec = JSON
 
     def frame(self, message: bytes) -> bytes:
         """See ``Wire.frame``; messages have no raw newlines (PROTOCOL 2.3.6)."""

@@ -192,6 +192,16 @@ def encode(manner: Manner, channel: str, number: int, kind: str, body: protocol.
     return wire.frame(wire.codec.push(channel, kind, body))
 
 
+def in_full(
+    manner: Manner, channel: str, number: int, namespace: Namespace, publication: Publication, epoch: str
+) -> bytes:
+    """The frame of a publication for who gets all of them as they are; raises ``protocol.Inexpressible``."""
+    if manner.numbered or namespace.binary:
+        return encode(manner, channel, number, "pub", express(manner.wire.format, publication, epoch, namespace))
+    wire = manner.wire
+    return wire.frame(wire.codec.publication(channel, publication, epoch))
+
+
 def bodies(
     manner: Manner, publications: Sequence[Publication], epoch: str, namespace: Namespace, patches: Patches
 ) -> list[protocol.Publication]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from server.errors import Disconnect
-from server.protocol import CODECS, Codec
+from server.protocol import Codec
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -48,10 +48,8 @@ class Wire(ABC):
     format: str
     """``"json"`` or ``"protobuf"``."""
 
-    @property
-    def codec(self) -> Codec:
-        """What its messages are made with; that of its format, unless the kind has one of its own."""
-        return CODECS[self.format]
+    codec: Codec
+    """What its messages are made with."""
 
     @abstractmethod
     def frame(self, message: bytes) -> bytes:
@@ -64,6 +62,11 @@ class Wire(ABC):
         The outboxes must be of this wire.  Never raises, never waits, never
         calls back.  What an outbox was sent before goes out before ``data``.
         """
+
+    def post(self, outboxes: "Iterable[Outbox]", data: bytes) -> None:
+        """As ``Outbox.send`` of each of them, which must be of this wire."""
+        for outbox in outboxes:
+            outbox.send(data)
 
 
 class Outbox(ABC):

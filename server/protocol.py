@@ -320,6 +320,10 @@ def publication(pub: stream.Publication, epoch: str = "") -> Publication:
     )
 
 
+NEWLINE, RETURN = b"\n\r"
+"""As numbers: a byte is found six times as fast as bytes are, which Python 3.11 takes for a faulty number first."""
+
+
 # --- payloads ----------------------------------------------------------------
 _raw = msgspec.json.Decoder(Raw)
 
@@ -355,7 +359,7 @@ def _depth(data: bytes) -> int:
 
 def one_line(data: bytes) -> bytes:
     """The same JSON text without raw newlines, which separate messages on the wire (PROTOCOL 2.3)."""
-    if b"\n" in data or b"\r" in data:
+    if NEWLINE in data or RETURN in data:
         return data.replace(b"\n", b"").replace(b"\r", b"")
     return data
 
@@ -393,6 +397,10 @@ class Codec(ABC):
     def push(self, channel: str, kind: str, body: Body) -> bytes:
         """What comes unasked (PROTOCOL 5)."""
 
+    def publication(self, channel: str, pub: stream.Publication, epoch: str) -> bytes:
+        """A publication as it stands, to who knows the channel by its name (PROTOCOL 5.1)."""
+        return self.push(channel, "pub", publication(pub, epoch))
+
     def push_by_number(self, number: int, kind: str, body: Body) -> bytes:
         """As ``push``, to who has been told the channel's number (PROTOCOL 21.4).
 
@@ -422,7 +430,7 @@ class JsonCodec(Codec):
     def decode(self, batch: bytes) -> list[Command]:
         """See ``Codec.decode``; one trailing newline is allowed."""
         try:
-            if b"\n" not in batch:
+            if NEWLINE not in batch:
                 return [self._decode(batch)]
             lines = batch.split(b"\n", FRAME_COMMANDS + 1)
             if not lines[-1]:
@@ -447,6 +455,13 @@ class JsonCodec(Codec):
         """See ``Codec.push``."""
         name = b'"channel":%s,' % _quoted(channel) if channel else b""
         return b'{"push":{%s"%s":%s}}' % (name, kind.encode(), self._encode(body))
+
+    def publication(self, channel: str, pub: stream.Publication, epoch: str) -> bytes:
+        """See ``Codec.publication``; what clients say in passing is put together by hand, in a quarter of the time."""
+        if pub.info is None or pub.offset or pub.time_ms or pub.tags:
+            return self.push(channel, "pub", publication(pub, epoch))
+        info = self._encode(client_info(pub.info))
+        return b'{"push":{"channel":%s,"pub":{"data":%s,"info":%s}}}' % (_quoted(channel), pub.data, info)
 
     def push_by_number(self, number: int, kind: str, body: Body) -> bytes:
         """See ``Codec.push_by_number``."""
@@ -486,6 +501,10 @@ class OneWayCodec(JsonCodec):
         """See ``Codec.push``."""
         name = b'"channel":%s,' % _quoted(channel) if channel else b""
         return b'{%s"%s":%s}' % (name, kind.encode(), self._encode(body))
+
+    def publication(self, channel: str, pub: stream.Publication, epoch: str) -> bytes:
+        """See ``Codec.publication``."""
+        return self.push(channel, "pub", publication(pub, epoch))
 
 
 class ProtobufCodec(Codec):

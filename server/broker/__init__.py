@@ -132,6 +132,11 @@ class Broker(ABC):
     mute: str = ""
     """The same for what is said: kept channels elsewhere are behind until the next sweep, orders do not get there."""
 
+    @property
+    def alone(self) -> bool:
+        """Is there certainly nobody who could hear?  Then a word need not even be made."""
+        return False
+
     @abstractmethod
     async def open(self, node: str) -> None:
         """Make ready, within ten seconds; ``node`` is the id by which ``tell`` of other processes finds this one.

@@ -36,6 +36,11 @@ class MemoryBroker(Broker):
         for channel in [channel for channel, who in self._bus.followers.items() if self in who]:
             await self.unfollow(channel)
 
+    @property
+    def alone(self) -> bool:
+        """See ``Broker.alone``."""
+        return len(self._bus.brokers) < 2
+
     async def follow(self, channel: str) -> None:
         """See ``Broker.follow``."""
         self._bus.followers[channel].add(self)

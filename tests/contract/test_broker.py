@@ -129,6 +129,16 @@ async def _over(speaker: Ear, *hearers: Ear) -> None:
 
 
 @every_kind
+async def test_who_has_others_is_not_alone(kind: Kind) -> None:
+    """A broker says that nobody could hear only where that is certain; else what it is not given would be missed."""
+    async with kind.opened(2) as (one, other):
+        assert not one.broker.alone
+        assert not other.broker.alone
+    async with memory(1) as (one,):
+        assert one.broker.alone
+
+
+@every_kind
 async def test_others_hear_what_they_follow(kind: Kind) -> None:
     """An announcement reaches every process that follows its channel, with all it says, and no other process."""
     info = ClientInfo("ann", "id", b'{"n":1}', b"2")

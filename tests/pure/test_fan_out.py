@@ -10,7 +10,7 @@ import pytest
 from centrifuge.fossil import apply_delta  # type: ignore[import-untyped]
 from support import KEPT, settings
 
-from server import manners
+from server import manners, protocol
 from server.channels import Channels
 from server.errors import Disconnect
 from server.filters import Filter, Tags, read
@@ -30,6 +30,7 @@ class CountingWire(Wire):
 
     def __init__(self, format: str = "json") -> None:
         self.format = format
+        self.codec = protocol.CODECS[format]
         self.made = 0
 
     def frame(self, message: bytes) -> bytes:

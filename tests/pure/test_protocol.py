@@ -371,3 +371,31 @@ def test_payloads_are_nested_so_deep(opening: bytes) -> None:
     assert is_json(opening * PAYLOAD_DEPTH + b"0" + closing * PAYLOAD_DEPTH)
     assert not is_json(opening * (PAYLOAD_DEPTH + 1) + b"0" + closing * (PAYLOAD_DEPTH + 1))
     assert is_json(b"[" + b",".join([opening + b"0" + closing] * 500) + b"]")
+
+
+# --- publications, by hand and not -----------------------------------------------------
+INFOS = st.builds(
+    stream.ClientInfo,
+    user=st.text(),
+    client=st.text(),
+    conn_info=st.sampled_from([None, b"{}", '"\u00e9"'.encode()]),
+    chan_info=st.sampled_from([None, b"[1]"]),
+)
+PUBLICATIONS = st.builds(
+    stream.Publication,
+    data=st.sampled_from([b"null", b'{"a":"%s%d"}', '"\u00e9"'.encode(), b"[" * 100 + b"]" * 100]),
+    offset=st.sampled_from([0, 1, 2, protocol.MAX_OFFSET]),
+    time_ms=st.sampled_from([0, 1_700_000_000_000]),
+    info=st.none() | INFOS,
+    tags=st.none() | st.dictionaries(st.text(), st.text(), max_size=2),
+)
+
+
+@pytest.mark.parametrize("codec", [JSON, PROTOBUF, protocol.ONE_WAY], ids=lambda codec: type(codec).__name__)
+@given(channel=st.text(min_size=1), pub=PUBLICATIONS, epoch=st.sampled_from(["", "abcd"]))
+def test_a_publication_looks_the_same_however_it_is_made(
+    codec: Codec, channel: str, pub: stream.Publication, epoch: str
+) -> None:
+    """PROTOCOL 5.1: the short way to a publication gives the bytes of the push that it is."""
+    long_way = codec.push(channel, "pub", protocol.publication(pub, epoch))
+    assert codec.publication(channel, pub, epoch) == long_way
