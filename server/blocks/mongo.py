@@ -6,6 +6,9 @@ A change is a replacement under the revision that was read, so of two processes 
 finds that it came too late, and tries again on what the other has made.  Written to a
 majority with journal, read from what a majority has.
 
+It has no version of its own: ``meta`` of history's collections says of what format the
+whole database is, and one of a newer format is refused here as well.
+
 It has a client of its own: neither seam knows the other, and a handful of idle
 connections is all that this costs.
 """

@@ -135,7 +135,10 @@ class SqliteBlocks(Blocks):
         elif application != APPLICATION_ID:
             raise sqlite3.DatabaseError("expected a file of this server, found one of another program")
         elif version > SCHEMA_VERSION:
-            raise sqlite3.DatabaseError(f"expected schema {SCHEMA_VERSION}, found {version}, of a newer version")
+            raise sqlite3.DatabaseError(
+                f"expected schema {SCHEMA_VERSION} or older, found {version}, of a newer version of this server; "
+                "upgrade the server, or name another file"
+            )
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

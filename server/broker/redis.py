@@ -10,6 +10,13 @@ connection do nothing else.  Names and messages in Redis:
     {prefix}:n:{node}       notes for one process
     "w1 " node "\\n" body    a message: who says it, then a word or a note in MessagePack
 
+The 1 is the version of all that follows it.  Fields may be added within a version
+(they have defaults, and who does not know them skips them), and kinds of notes, which
+are then skipped with a line in the log.  Whatever an older process would take for
+something else makes a new version.  Of another version nothing is understood, and
+one line says so: kept channels miss nothing, since their tops are compared with
+history; passing words and orders do not get across (docs/deploying.md).
+
 Pub/sub knows no databases, so one other than 0 is put into the names:
 ``{prefix}.2:c:…``.  In a cluster all of it is sharded pub/sub, by the slot of the
 name; nothing is broadcast over the cluster's own bus.
@@ -27,6 +34,7 @@ which it lived itself: a process that was stopped first reads what has arrived.
 
 import asyncio
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -76,7 +84,8 @@ _bytes = msgspec.msgpack.Encoder().encode
 _word = msgspec.msgpack.Decoder(Word).decode
 _note = msgspec.msgpack.Decoder(Note).decode
 
-MARK = b"w1 "
+VERSION = 1
+_version = re.compile(rb"w([0-9]{1,9}) ")
 
 
 class _Wish:
@@ -127,7 +136,11 @@ class _Said:
 class RedisBroker(Broker):
     """See ``Broker``; raises ``ValueError`` in operator's words if ``redis.url`` cannot be read."""
 
+    version = VERSION
+    """Of what is said and understood."""
+
     def __init__(self, settings: RedisSettings) -> None:
+        self._mark = b"w%d " % self.version
         self.address = parse(settings.url)
         db = self.address.db
         self._prefix = (f"{settings.prefix}.{db}" if db else settings.prefix).encode()
@@ -153,7 +166,7 @@ class RedisBroker(Broker):
     async def open(self, node: str) -> None:
         """See ``Broker.open``."""
         self._node = node
-        self._mine = MARK + node.encode() + b"\n"
+        self._mine = self._mark + node.encode() + b"\n"
         for name in (self._everybody, self._somebody(node)):
             self._wishes.setdefault(name, _Wish(None, slot_of(name)))
         try:
@@ -270,8 +283,9 @@ class RedisBroker(Broker):
         if wish is None:
             return  # not wanted any more
         try:
-            if not data.startswith(MARK):
-                raise ValueError("it is no message of this version")
+            if not data.startswith(self._mark):
+                self._complain_of_version(name, data)
+                return
             body = data[data.index(b"\n") + 1 :]
             if wish.channel is None:
                 self._deliver(self.on_note, _note(body), name)
@@ -290,11 +304,25 @@ class RedisBroker(Broker):
         except Exception as fault:  # one bad word must not make us deaf
             event("broker.listener_failed", channel=name.decode(errors="replace"), fault=fault)
 
-    def _complain(self, name: bytes, error: Exception) -> None:
-        if name not in self._strangers and len(self._strangers) < STRANGERS:
-            self._strangers.add(name)
-            channel = name.decode(errors="replace")
-            event("broker.unreadable", why=f'a message in the Redis channel "{channel}" was skipped: {error}')
+    def _complain(self, name: bytes, error: object) -> None:
+        channel = name.decode(errors="replace")
+        self._complain_once(name, f'a message in the Redis channel "{channel}" was skipped: {error}')
+
+    def _complain_of_version(self, name: bytes, data: bytes) -> None:
+        other = _version.match(data)
+        if other is None:
+            self._complain(name, "it is none of ours")
+            return
+        self._complain_once(
+            other[0],
+            f"other processes speak version {int(other[1])} to one another, this one version {self.version}: what "
+            "they say is skipped, kept channels are compared with history instead; have all run the same release",
+        )
+
+    def _complain_once(self, of: bytes, why: str) -> None:
+        if of not in self._strangers and len(self._strangers) < STRANGERS:
+            self._strangers.add(of)
+            event("broker.unreadable", why=why)
 
     def missed(self) -> None:
         """Whatever was missed is over, and all is followed again."""

@@ -101,7 +101,8 @@ class _Wrong(Exception):
 class MongoServer:
     """The replica set in ``settings``; call ``open`` before anything else, and ``close`` in the end.
 
-    Unless it ``adopts`` it leaves history's collections alone.
+    Unless it ``adopts`` it leaves history's collections alone, but wants a database of
+    a format that it knows: what stands beside history is of the same format.
     """
 
     def __init__(self, settings: MongoSettings, *, adopts: bool = True) -> None:
@@ -316,6 +317,7 @@ class MongoServer:
         with pymongo.timeout(max(SHORTEST_ATTEMPT_S, min(left_s, OPEN_S / 2))):
             self._judge(await self._client.admin.command("hello"))
             if not self._adopts:
+                self._judge_format(await self._collections[META].find_one({"_id": "format"}))
                 return
             await self._adopt_format()
             await self._judge_indexes()
@@ -365,8 +367,13 @@ class MongoServer:
             await meta.update_one({"_id": "format"}, {"$setOnInsert": {"version": FORMAT}}, upsert=True)
         older = {"_id": "format", "version": {"$type": "number", "$lt": FORMAT}}
         await meta.update_one(older, {"$set": {"version": FORMAT}})
-        found = await meta.find_one({"_id": "format"}) or {}
-        version = found.get("version")
+        self._judge_format(await meta.find_one({"_id": "format"}) or {})
+
+    def _judge_format(self, found: Mapping[str, Any] | None) -> None:
+        """See that a database's format is one that we know; one that nobody has noted yet will be ours."""
+        if found is None:
+            return
+        name, version = self._settings.database, found.get("version")
         if not isinstance(version, int):
             raise _Wrong(f"mongo.database: {name!r} has no format version that we know in {META!r}; name another")
         if version > FORMAT:
