@@ -26,17 +26,17 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import tornado.httpclient
-import tornado.httpserver
 import tornado.netutil
 import tornado.web
 
 from handlers import make_app, make_internal_app, make_sockets
+from handlers.server import Server
 from handlers.socket import Sockets
 from server import auth
 from server.app import App, AppError
@@ -155,7 +155,7 @@ def _check(settings: Settings) -> int:
 async def _try_parts(settings: Settings) -> list[str]:
     node = make_node(settings)
     await node.open(patiently=True)
-    faults = list(node.troubles.values())
+    faults = list(node.parts.troubles.values())
     await node.close()
     return faults
 
@@ -388,15 +388,15 @@ def address_of(listening: list[socket.socket], *, secure: bool) -> str:
     return f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def make_server(app: tornado.web.Application, tls: ssl.SSLContext | None) -> tornado.httpserver.HTTPServer:
-    """A server of ``app`` with our limits; it has yet to be given sockets."""
-    return tornado.httpserver.HTTPServer(
+def make_server(app: tornado.web.Application, tls: ssl.SSLContext | None, *, request_s: float = REQUEST_S) -> Server:
+    """A server of ``app`` with our limits (``request_s``: until a request has come); it has yet to be given sockets."""
+    return Server(
         app,
         ssl_options=tls,
         max_buffer_size=REQUEST_BYTES,
         max_body_size=REQUEST_BYTES,
-        idle_connection_timeout=REQUEST_S,
-        body_timeout=REQUEST_S,
+        body_timeout=request_s,
+        request_s=request_s,
     )
 
 
@@ -421,7 +421,8 @@ async def _run(
     internal = make_server(make_internal_app(node, clients), None) if internally else None
     if internal is not None:
         internal.add_sockets(internally)
-    leaving = Leaving(node, settings.shutdown, stop_listening=server.stop, goodbyes=lambda: goodbyes(clients))
+    servers = [server] if internal is None else [server, internal]
+    leaving = make_leaving(node, clients, servers)
     # Before anybody learns that we are here, and may send one.
     signals = Signals(leaving.hurry, lambda: reload(node, gate, read_again))
 
@@ -446,16 +447,26 @@ async def _run(
     clients.hasten(GOODBYE_S)
     await leaving.leave(graceful=signals.first == signal.SIGTERM)
     sweeper.cancel()
+    await close(node, gate, servers, app)
+    event("server.stopped")
+    return changed and signals.first is None  # a signal may have come while clients were sent away for the change
+
+
+async def close(node: Node, gate: Gate, servers: Sequence[Server], app: App | None = None) -> None:
+    """Close everything, once nobody is owed anything more: ways in first.
+
+    Who asks in this last moment over a connection that is still there finds it
+    closed, and asks another process; nobody is answered by one without its history.
+    All servers refuse before anything is waited for, since what is then carried out would be cut.
+    """
+    for server in servers:
+        server.refuse()
+    for server in servers:
+        await server.close_all_connections()
     if app is not None:
         await app.stop()
     await gate.keys.close()
     await node.close()
-    await server.close_all_connections()
-    if internal is not None:
-        internal.stop()
-        await internal.close_all_connections()
-    event("server.stopped")
-    return changed and signals.first is None  # a signal may have come while clients were sent away for the change
 
 
 class Signals:
@@ -538,10 +549,31 @@ async def wait_for_change(changes: Changes, stop: asyncio.Event) -> bool:
     return False
 
 
-def goodbyes(clients: Sockets) -> int:
-    """How many connections have not finished their goodbye; those that take too long are cut."""
+def make_leaving(node: Node, clients: Sockets, servers: Sequence[Server]) -> Leaving:
+    """How the process goes away; the first of its ``servers`` is the clients'."""
+
+    def stop_listening() -> None:
+        servers[0].stop()
+        for server in servers:
+            server.let_go()
+
+    def stop_calls() -> None:
+        for server in servers:
+            server.end(GOODBYE_S)
+
+    return Leaving(
+        node,
+        node.settings.shutdown,
+        stop_listening=stop_listening,
+        stop_calls=stop_calls,
+        goodbyes=lambda: goodbyes(clients, servers),
+    )
+
+
+def goodbyes(clients: Sockets, servers: Sequence[Server]) -> int:
+    """How many connections have not finished their goodbye, or wait for an answer; those that take too long are cut."""
     clients.check_stalled(asyncio.get_running_loop().time())
-    return clients.closing
+    return clients.closing + sum(server.under_way for server in servers)
 
 
 async def sweep_for_ever(node: Node, clients: Sockets) -> None:

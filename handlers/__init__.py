@@ -102,7 +102,11 @@ def make_internal_app(node: Node, sockets: Clients) -> tornado.web.Application:
 
 
 def _application(routes: list[tornado.routing.Rule]) -> tornado.web.Application:
-    return tornado.web.Application(routes, default_handler_class=NotFoundHandler, log_function=lambda handler: None)
+    return tornado.web.Application(
+        routes,
+        default_handler_class=NotFoundHandler,
+        log_function=lambda handler: None,
+    )
 
 
 def _internal_routes(node: Node, sockets: Clients) -> list[tornado.routing.Rule]:

@@ -172,10 +172,10 @@ class AuthHandler(AdminHandler):
 
 
 class StateHandler(AdminHandler):
-    """``GET /admin/state``: what the console draws, and which methods there are."""
+    """``GET /admin/state``: what the console draws."""
 
     def get(self) -> None:
-        """200 with this process, its numbers, all processes, what is in trouble, and the API's methods."""
+        """200 with this process, its numbers, all processes, and what is in trouble."""
         node = self.console.node
         self.answer(
             {
@@ -186,8 +186,7 @@ class StateHandler(AdminHandler):
                 "lag": round(node.counts.last_lag_seconds, 6),
                 "numbers": numbers(self.console.process),
                 "nodes": node.everybody(),
-                "troubles": node.troubled,
-                "methods": sorted(METHODS),
+                "troubles": node.parts.troubled,
             }
         )
 

@@ -3,6 +3,7 @@
 PROTOCOL 17.1.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable
@@ -17,11 +18,12 @@ from handlers.refusals import Refusals
 from handlers.socket import Connect, Sockets
 from handlers.stream_outbox import EVENTS, Framing, Wires
 from server.callers import Caller
-from server.errors import BAD_REQUEST, INTERNAL, INVALID_TOKEN, METHOD_NOT_FOUND, PERMISSION_DENIED
-from server.following import CODEC
+from server.errors import BAD_REQUEST, INTERNAL, INVALID_TOKEN, METHOD_NOT_FOUND, PERMISSION_DENIED, TOO_MANY_REQUESTS
+from server.limits import Buckets
 from server.node import Node
 from server.outbox import Request
-from server.polling import Poll, Tops
+from server.polling import Tops
+from server.readers import CODEC
 from server.session import Gate
 
 PAGE = 100
@@ -45,13 +47,6 @@ class Clients(Sockets):
     def __init__(self, gate: Gate, connect: Connect, **options: Any) -> None:
         super().__init__(connect, **options)
         self.gate = gate
-        self.polls: set[Poll] = set()
-        """Those that wait."""
-
-    @property
-    def closing(self) -> int:
-        """See ``Sockets.closing``; a poll that is over has still to be answered."""
-        return super().closing + sum(poll.over for poll in self.polls)
 
 
 class Rest:
@@ -65,11 +60,24 @@ class Rest:
         self.tops = Tops(node)
         self.waiting: Counter[str] = Counter()
         """How many polls each user, or address, has waiting."""
+        self._read_rate = 0
+        self._reads = Buckets(0)
         self.wires = Wires.of(
             EVENT_TEXT, CODEC, queue_max_size=client.queue_max_size, stall_timeout_s=client.outbox_stall_timeout
         )
         clients.watch(*self.wires)
         self.unheard_s = client.ping_interval + max(client.pong_timeout, client.outbox_stall_timeout)
+
+    def count_read(self, whose: str) -> None:
+        """Raises ``Problem`` for a user, or an address, that reads too often; PROTOCOL 17.1.14."""
+        rate = self.node.settings.rest.read_rate_limit
+        if rate != self._read_rate:  # the settings may have been read again
+            self._read_rate, self._reads = rate, Buckets(60 * rate, burst=rate)
+        wait_s = self._reads.take(whose, time.monotonic())
+        if wait_s:
+            title, why = TOO_MANY_REQUESTS.message, f"look at rest.read_rate_limit ({rate})"
+            detail, headers = f"Expected at most {rate} reads a second.", {"Retry-After": str(math.ceil(wait_s))}
+            raise Problem(429, TOO_MANY_REQUESTS.code, title, detail, headers=headers, why=why)
 
     @property
     def page_bytes(self) -> int:
@@ -208,10 +216,20 @@ class RestHandler(CorsHandler):
             raise Problem(401, INVALID_TOKEN.code, INVALID_TOKEN.reason, why) from None
 
     async def identified(self) -> Caller:
-        """Who asks; raises what ``connect`` would be refused with."""
+        """Who asks; raises what ``connect`` would be refused with, and ``Problem`` for one who reads too often."""
         token = self.token()
+        reads = self.request.method != "POST"
+        if reads and not token:  # before anybody is asked about him
+            self.rest.count_read(self.address)
         self.caller = Caller(self.rest.node, self.rest.clients.gate, self.asking("rest"))
-        await self.caller.identify(token)
+        try:
+            await self.caller.identify(token)
+        except NAYS:
+            if reads and token:  # whose it is nobody knows
+                self.rest.count_read(self.address)
+            raise
+        if reads and token:
+            self.rest.count_read(f"user {self.caller.user}" if self.caller.user else self.address)
         return self.caller
 
 

@@ -33,11 +33,17 @@ class JsonHandler(tornado.web.RequestHandler):
         self.finish(body if isinstance(body, bytes) else msgspec.json.encode(body))
 
     def finish(self, chunk: str | bytes | dict[str, Any] | None = None) -> "asyncio.Future[None]":
-        """See ``RequestHandler.finish``; who does not take the answer is cut, else we would hold it for ever."""
+        """See ``RequestHandler.finish``; who does not take the answer is cut, else we would hold it for ever.
+
+        Tornado says ``Connection: close`` where that was known when the request came;
+        what was asked before the server was told to go, as a long-poll, is told here.
+        """
         connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection), f"expected HTTP/1, got {connection!r}"
+        if connection.params.no_keep_alive and not self._headers_written:
+            self.set_header("Connection", "close")
         taken = super().finish(chunk)
         if not taken.done():
-            assert isinstance(connection, HTTP1Connection), f"expected HTTP/1, got {connection!r}"
             allowed_s = TAKEN_S + len(chunk or b"") / TAKEN_BYTES_S
             alarm = asyncio.get_running_loop().call_later(allowed_s, _cut, connection, self.request.path)
             taken.add_done_callback(lambda _: alarm.cancel())

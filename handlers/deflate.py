@@ -22,6 +22,9 @@ LARGEST_WINDOW_BITS = 15
 TAIL = b"\x00\x00\xff\xff"
 """What ends the output of a flush, and is neither sent nor received (RFC 7692 7.2.1)."""
 
+LAST = b"\x03\x00"
+"""A last block without content (RFC 1951 3.2.3, 3.2.6): where a block can begin, it ends the stream."""
+
 NAME = "permessage-deflate"
 ACCEPTED = f"{NAME}; server_no_context_takeover; client_no_context_takeover"
 
@@ -86,11 +89,27 @@ def inflate(data: bytes, most: int) -> bytes | None:
     """The message of a compressed payload (RFC 7692 7.2.2), ``None`` if it has more than ``most`` bytes.
 
     No more than that is unpacked, whatever it would become.  Raises ``ValueError``
-    for what is no DEFLATE.
+    for what is no DEFLATE, or not all of it.
+
+    zlib does not say whether it stopped inside a block: what was cut would pass as a
+    shorter message.  So it is handed the end of an empty block, which nothing may come
+    of, and one more block, which ends the stream only if one could begin there.  Two cuts
+    cannot be told: one where a block ends, and one that leaves the octet 0 only, which is an
+    empty message (RFC 7692 7.2.3.6).  What has ended by itself may be followed by the
+    octet that RFC 7692 7.2.3.4 adds, and by nothing else: zlib would not look at it.
     """
     inflater = zlib.decompressobj(-LARGEST_WINDOW_BITS)
     try:
-        message = inflater.decompress(data + TAIL, most + 1)
+        message = inflater.decompress(data, most + 1)
+        if len(message) > most:
+            return None
+        if inflater.eof:
+            if inflater.unused_data not in (b"", b"\x00"):
+                raise ValueError("there is something behind the last block")
+            return message
+        inside = inflater.decompress(TAIL, 1) or inflater.eof
+        if inside or inflater.decompress(LAST, 1) or not inflater.eof:
+            raise ValueError("it ends inside a block")
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    return message if len(message) <= most else None
+    return message

@@ -173,13 +173,13 @@ class EmulationHandler(BodyHandler):
             self.refuse(400, str(error))
             return
         if node == self._node.id:
-            self._node.hand_over(session, data)
+            self._node.ordering.hand_over(session, data)
         elif node not in self._node.peers.all:
             self.refuse(404, "no such node")
             return
         else:
             try:
-                await self._node.ask(orders.Emulated(session, data), to=node)
+                await self._node.ordering.ask(orders.Emulated(session, data), to=node)
             except Unavailable:
                 self.refuse(503, "the node that holds the stream does not answer")
                 return

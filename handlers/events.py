@@ -1,7 +1,7 @@
 """``/v1/events`` and ``/v1/channels/{channel}/events``: channels as an ``EventSource``; PROTOCOL 17.3.
 
 The request is answered with a "no" as any other, or becomes a stream; what that says
-is ``server.following``'s, how it is written ``stream_outbox``'s.
+is ``server.readers``'s, how it is written ``stream_outbox``'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from handlers.problems import Problem
 from handlers.publications import NAME, SINCE
 from handlers.stream_outbox import open_stream
 from server import cursors
-from server.errors import BAD_REQUEST, CONNECTION_CLOSED, PERMISSION_DENIED, TOO_MANY_REQUESTS, Disconnected
-from server.following import EventOutbox, Follower, Reader
+from server.errors import BAD_REQUEST, CONNECTION_CLOSED, PERMISSION_DENIED, TOO_MANY_REQUESTS, Disconnected, Overdue
+from server.readers import EventOutbox, Follower, Reader
 from server.stream import Position
 
 CHANNELS = Parameter(
@@ -91,8 +91,11 @@ class EventsHandler(RestHandler):
             raise Problem(503, code, TOO_MANY_REQUESTS.message, "Too many connections.", why="turned away")
         events = EventOutbox(Reader(channels))
         follower = self._follower = Follower(self.rest.node, self.rest.clients.gate, events, self.asking("events"))
+        overdue = None
         try:
             await follower.open(token, since)
+        except Overdue as error:
+            overdue = error
         except Disconnected as end:
             follower.disconnect(end.disconnect, end.why)
             raise
@@ -115,7 +118,10 @@ class EventsHandler(RestHandler):
             return
         events.attach(stream)
         stream.start(follower)
-        follower.begin()
+        if overdue is None:
+            follower.begin()
+        else:
+            follower.put_off(overdue)
 
     def _positions(self, channels: Sequence[str]) -> Mapping[str, Position] | None:
         """Where to begin in each channel, ``None`` for "now"; raises ``Problem``."""

@@ -22,5 +22,5 @@ class ReadyHandler(JsonHandler):
     def get(self) -> None:
         """200 and ``{"ready": true}``; 503 with the reasons, by part, while something that it needs is away."""
         self.set_header("Cache-Control", "no-store")
-        troubles = self._node.troubled
+        troubles = self._node.parts.troubled
         self.answer({"ready": False, "reasons": troubles} if troubles else {"ready": True}, 503 if troubles else 200)

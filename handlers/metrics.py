@@ -18,7 +18,7 @@ from server.node import Node
 from server.observe import EVENTS, happened
 
 PREFIX = "waterspout_"
-PARTS = ("history", "broker", "presence")
+PARTS = ("history", "broker", "presence", "blocks")
 
 Labels = tuple[str, ...]
 Number = int | float
@@ -64,7 +64,7 @@ def _subscriptions(node: Node) -> Mapping[str, int]:
 
 
 def _parts(node: Node) -> Mapping[str, int]:
-    troubled = node.troubled
+    troubled = node.parts.troubled
     return {part: int(part not in troubled) for part in PARTS}
 
 
@@ -88,7 +88,12 @@ METRICS: tuple[Row, ...] = (
         lambda process: {(): process.sockets.backlogged}),
     Row("processes", "gauge", "processes that are alive, as far as this one knows, itself included",
         _one(lambda node: 1 + len(node.peers.all))),
-    Row("up", "gauge", "1 while a part can be used; `part` is `history`, `broker` or `presence`, see /health/ready",
+    Row("blocked_users", "gauge",
+        "users that are blocked or muted somewhere (API `block_user`), as this process knows; what has run out counts "
+        "for an hour at most",
+        _one(lambda node: len(node.blocking.users))),
+    Row("up", "gauge",
+        "1 while a part can be used; `part` is `history`, `broker`, `presence` or `blocks`, see /health/ready",
         _each(_parts), ("part",)),
     Row("connections_opened", "counter", "connections that came, by `transport`",
         _each(lambda node: node.counts.opened), ("transport",)),

@@ -336,12 +336,10 @@ class PublicationsHandler(RestHandler):
             raise Disconnected(CONNECTION_LIMIT, f"look at client.user_connection_limit ({own})")
         rest.waiting[whose] += 1
         poll = self._poll = Poll(caller, channel, namespace, limit, rest.page_bytes)
-        rest.clients.polls.add(poll)
         try:
             tidings = await poll.news(since, wait_s)
         finally:
             self._poll = None
-            rest.clients.polls.discard(poll)
             rest.waiting[whose] -= 1
             if not rest.waiting[whose]:
                 del rest.waiting[whose]

@@ -5,7 +5,7 @@ transport.  ``ROUTES`` is the table: the URLs and the OpenAPI document come from
 its parameters are the ones that the handlers read.  Here and in ``asking``,
 ``publications`` and ``events`` is only HTTP; who may do what is in ``server.callers``,
 how a poll waits in ``server.polling``, what an event stream says in
-``server.following``.
+``server.readers``.
 """
 
 from collections.abc import Mapping

@@ -155,12 +155,12 @@ class Server:
         """Subscribe the connections of ``user`` (or only ``client`` of them) server-side, in all processes."""
         self._known(channel)
         target = orders.Target(user, client)
-        self.node.order_soon(orders.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
+        self.node.ordering.give_soon(orders.SubscribeOrder(target, channel, encoded(chan_info), encoded(data)))
 
     def unsubscribe(self, channel: str, *, user: str, client: str = "") -> None:
         """End the subscriptions of ``user`` to ``channel`` with 2000."""
         self._known(channel)
-        self.node.order_soon(orders.UnsubscribeOrder(orders.Target(user, client), channel))
+        self.node.ordering.give_soon(orders.UnsubscribeOrder(orders.Target(user, client), channel))
 
     def disconnect(
         self,
@@ -173,7 +173,7 @@ class Server:
     ) -> None:
         """End the connections of ``user`` but the ``spared`` client ids; raises as ``Disconnect`` does."""
         end = ending(code, reason)
-        self.node.order_soon(orders.DisconnectOrder(orders.Target(user, client, spared), end.code, end.reason))
+        self.node.ordering.give_soon(orders.DisconnectOrder(orders.Target(user, client, spared), end.code, end.reason))
 
     # --- time and tasks ---------------------------------------------------------------
     def clock(self) -> float:

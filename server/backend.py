@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from server import audit, orders, protocol, user_blocks
+from server import audit, orders, protocol, user_blocks, user_connections
 from server.auth import Override
 from server.channels import Namespace, check_payload
 from server.commands import history_page
@@ -346,14 +346,14 @@ class Backend:
             Position(since.offset, since.epoch) if since else None,
             override,
         )
-        await self._node.order(order)
+        await self._node.ordering.give(order)
         return DONE
 
     async def unsubscribe(self, request: Unsubscribe) -> bytes:
         """PROTOCOL 15.2; an empty channel means all channels."""
         if request.channel:
             self._known(request.channel)
-        await self._node.order(orders.UnsubscribeOrder(request.target(), request.channel))
+        await self._node.ordering.give(orders.UnsubscribeOrder(request.target(), request.channel))
         return DONE
 
     async def disconnect(self, request: Disconnect) -> bytes:
@@ -363,13 +363,15 @@ class Backend:
             ending(end.code, end.reason)
         except ValueError as error:
             raise Refused(BAD_REQUEST, f"disconnect: {error}") from None
-        await self._node.order(orders.DisconnectOrder(request.target(request.whitelist or ()), end.code, end.reason))
+        await self._node.ordering.give(
+            orders.DisconnectOrder(request.target(request.whitelist or ()), end.code, end.reason)
+        )
         return DONE
 
     async def refresh(self, request: Refresh) -> bytes:
         """PROTOCOL 15.2."""
         info = protocol.given(request.info)
-        await self._node.order(orders.RefreshOrder(request.target(), request.expired, request.expire_at, info))
+        await self._node.ordering.give(orders.RefreshOrder(request.target(), request.expired, request.expire_at, info))
         return DONE
 
     # --- presence and history --------------------------------------------------------
@@ -472,8 +474,8 @@ class Backend:
             matcher(request.pattern)
         except ValueError as error:
             raise Refused(BAD_REQUEST, f"pattern: {error}") from None
-        counts = self._node.followed(request.pattern)
-        answers = await self._node.ask(orders.ChannelsQuestion(request.pattern))
+        counts = self._node.ordering.followed(request.pattern)
+        answers = await self._node.ordering.ask(orders.ChannelsQuestion(request.pattern))
         for answer in answers.values():
             await asyncio.sleep(0)
             for channel, count in _counts.decode(answer).items() if answer else ():
@@ -539,6 +541,10 @@ METHODS: dict[str, tuple[type[msgspec.Struct], Callable[[Backend, Any], Awaitabl
     "history": (History, Backend.history),
     "history_remove": (Channel, Backend.history_remove),
     "redact": (Redact, Backend.redact),
+    "connections": (
+        user_connections.Connections,
+        lambda backend, request: user_connections.connections(backend._node, request),
+    ),
     "block_user": (user_blocks.BlockUser, lambda backend, request: user_blocks.block_user(backend._node, request)),
     "unblock_user": (
         user_blocks.UnblockUser,

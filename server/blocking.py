@@ -159,6 +159,10 @@ class Blocking:
             await self._blocks.close()
             raise
 
+    async def close(self) -> None:
+        """Close the store."""
+        await self._blocks.close()
+
     def read_all(self) -> None:
         """Anything may have been missed: read everything, next time."""
         self._wants_all = True

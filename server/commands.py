@@ -7,8 +7,8 @@ PROTOCOL 4.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from sys import intern
 
 import msgspec
 
@@ -34,6 +34,7 @@ from server.errors import (
     UNSUPPORTED,
     Disconnected,
     Refused,
+    Unsubscribed,
 )
 from server.history import Draft
 from server.hooks import Allow, Hook, Hooks, Welcome
@@ -57,36 +58,38 @@ from server.subscribing import (
     subscribe_by_order,
 )
 
+APP_CHARACTERS = 64
+"""So much is kept of what a client says is its name, and its version (PROTOCOL 15.2.20)."""
+
 
 # --- connect ---------------------------------------------------------------
-def connect(session: Session, command: Command) -> Coroutine[Any, Any, None]:
-    """PROTOCOL 4.1."""
+def connect(session: Session, command: Command) -> Carrying:
+    """PROTOCOL 4.1; who brings nothing to wait for is answered at once."""
     session.start_connecting()
-    return _connect_patiently(session, command)
-
-
-async def _connect_patiently(session: Session, command: Command) -> None:
-    """PROTOCOL 4.1."""
     request = command.connect
     assert request is not None
-    settings = session.node.settings.client
+    session.app_name = intern(request.name[:APP_CHARACTERS])  # the same for nearly everybody
+    session.app_version = intern(request.version[:APP_CHARACTERS])
+    if request.token or request.subs or session.node.hooks is not None:
+        return _connect_patiently(session, command, request)
+    identify_by_header(session)
+    wanted: dict[str, SubscribeOptions] = {}
+    namespaces = _introduce(session, None, wanted)
+    _let_in(session, wanted)
+    if wanted:
+        return _join_all(session, command, wanted, namespaces, None)
+    _welcome(session, command, [], None)
+    return None
+
+
+async def _connect_patiently(session: Session, command: Command, request: protocol.ConnectRequest) -> None:
     conn_info, wanted = await identify(session, request)
     data = None
     if session.node.hooks is not None:
         conn_info, data = await ask_connecting(session, session.node.hooks, request, conn_info, wanted)
     if session.closed:
         return
-    session.info = ClientInfo(session.user, session.client, conn_info)
-    limit = settings.user_connection_limit
-    if limit and session.user and len(session.node.users.get(session.user, ())) >= limit:
-        raise Disconnected(CONNECTION_LIMIT, f"look at client.user_connection_limit ({limit})")
-    personal = settings.subscribe_to_user_personal_channel
-    if personal.enabled and session.user:
-        name = session.node.channels.personal(session.user, personal.personal_channel_namespace)
-        wanted.setdefault(name, SubscribeOptions(None, None))
-    namespaces = {channel: session.node.channels.known(channel) for channel in wanted}
-    for channel, namespace in namespaces.items():
-        session.node.channels.check_name(channel, namespace)
+    namespaces = _introduce(session, conn_info, wanted)
     for channel in request.subs:
         if channel in wanted or (found := _wish(session, channel)) is None:
             continue
@@ -100,10 +103,46 @@ async def _connect_patiently(session: Session, command: Command) -> None:
         wanted[channel], namespaces[channel] = options, found
     if session.closed:
         return
-    if len(wanted) > settings.channel_limit:
-        raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({settings.channel_limit})")
+    _let_in(session, wanted)
+    await _join_all(session, command, wanted, namespaces, data)
+
+
+def _introduce(session: Session, conn_info: bytes | None, wanted: dict[str, SubscribeOptions]) -> dict[str, Namespace]:
+    """It is known who this is: adds its personal channel to ``wanted``, returns the namespaces of all of these."""
+    settings = session.node.settings.client
+    session.info = ClientInfo(session.user, session.client, conn_info)
+    limit = settings.user_connection_limit
+    if limit and session.user and len(session.node.users.get(session.user, ())) >= limit:
+        raise Disconnected(CONNECTION_LIMIT, f"look at client.user_connection_limit ({limit})")
+    personal = settings.subscribe_to_user_personal_channel
+    if personal.enabled and session.user:
+        name = session.node.channels.personal(session.user, personal.personal_channel_namespace)
+        wanted.setdefault(name, SubscribeOptions(None, None))
+    namespaces = {channel: session.node.channels.known(channel) for channel in wanted}
+    for channel, namespace in namespaces.items():
+        session.node.channels.check_name(channel, namespace)
+    return namespaces
+
+
+def _let_in(session: Session, wanted: dict[str, SubscribeOptions]) -> None:
+    """From here on it is a client like the others; raises ``Disconnected`` if it may not be one."""
+    limit = session.node.settings.client.channel_limit
+    if len(wanted) > limit:
+        raise Disconnected(CHANNEL_LIMIT, f"look at client.channel_limit ({limit})")
     session.node.admit(session)
     replace_others(session)
+
+
+async def _join_all(
+    session: Session,
+    command: Command,
+    wanted: dict[str, SubscribeOptions],
+    namespaces: dict[str, Namespace],
+    data: bytes | None,
+) -> None:
+    """Subscribe it to what it is to be subscribed to, and welcome it."""
+    request = command.connect
+    assert request is not None
     joined = await asyncio.gather(
         *(
             join(
@@ -112,6 +151,7 @@ async def _connect_patiently(session: Session, command: Command) -> None:
                 namespaces[channel],
                 request.subs.get(channel) or protocol.SubscribeRequest(),
                 options,
+                asked_at=session.arrived,
                 server_side=True,
             )
             for channel, options in wanted.items()
@@ -123,7 +163,7 @@ async def _connect_patiently(session: Session, command: Command) -> None:
     for outcome in joined:
         if isinstance(outcome, Refused):
             _pass_over(session, outcome)  # blocked in this channel; the others it gets
-        elif isinstance(outcome, BaseException):
+        elif isinstance(outcome, BaseException) and not isinstance(outcome, Unsubscribed):
             session.leave_all()
             session.node.dismiss(session)
             raise outcome
@@ -194,12 +234,17 @@ async def identify(
             entrant.handle.meta = claims.meta
         entrant.granted = frozenset(claims.subs)
         return json_info(claims.info), dict(claims.subs)
-    header = settings.user_id_http_header.lower()
+    identify_by_header(entrant)
+    return None, {}
+
+
+def identify_by_header(entrant: Entrant) -> None:
+    """Find out who somebody without token is; raises ``Disconnected``; PROTOCOL 8.5."""
+    header = entrant.node.settings.client.user_id_http_header.lower()
     user = entrant.request.headers.get(header, "") if header else ""
     _name(entrant, user)
     if entrant.node.hooks is None or entrant.node.hooks.find("connecting") is None:
         _require_name(entrant)
-    return None, {}
 
 
 def _require_name(entrant: Entrant) -> None:
@@ -290,7 +335,7 @@ def replace_others(session: Session) -> None:
     namespace = session.node.channels.namespace(name)
     if namespace is not None and namespace.options.presence:
         target = orders.Target(session.user, spared=(session.client,))
-        session.node.order_soon(orders.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
+        session.node.ordering.give_soon(orders.DisconnectOrder(target, CONNECTION_LIMIT.code, CONNECTION_LIMIT.reason))
 
 
 def unsubscribe(session: Session, command: Command) -> Carrying:

@@ -177,3 +177,11 @@ class Unavailable(Exception):
     is unknown": the publication may be stored or not, and only a retry with an
     idempotency key is safe.  The client gets error 100.
     """
+
+
+class Overdue(Unavailable):
+    """Too many come back at once: the turn of this one does not come in time, and it had better come again."""
+
+
+class Unsubscribed(Exception):
+    """A subscription was closed before it began; whoever closed it has seen to what its client is told."""

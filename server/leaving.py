@@ -5,7 +5,8 @@ A load balancer that still sends clients here learns first that it should not
 random order and at a pace: each comes back somewhere else and is caught up there,
 and all of them at once, or all of one channel, would be a storm for the others.
 What a client is owed leaves before its goodbye, for which it has a moment only.
-PROTOCOL 17.0.3.
+Back ends and operators, where they have a port of their own, come last: what they
+ask concerns the clients, and is answered as long as there are any.  PROTOCOL 17.0.3.
 
 Whoever is in a hurry (a second signal) calls ``hurry``: everything that waits here
 ends at once.
@@ -43,17 +44,25 @@ def due(clients: int, elapsed_s: float, pace: float, timeout_s: float) -> int:
 class Leaving:
     """The end of one process's life; ``leave`` once.
 
-    ``stop_listening`` is called after the grace; ``goodbyes`` says how many
-    connections have been told to go and are still there, and ends those that
-    take too long over it.
+    ``stop_listening`` is called after the grace, ``stop_calls`` when all clients have
+    been told to go: then nobody is let in, be it a back end.  ``goodbyes`` says how many
+    connections have been told to go and are still there, or wait for an answer, and ends
+    those that take too long over it.
     """
 
     def __init__(
-        self, node: Node, settings: ShutdownSettings, *, stop_listening: Callable[[], None], goodbyes: Callable[[], int]
+        self,
+        node: Node,
+        settings: ShutdownSettings,
+        *,
+        stop_listening: Callable[[], None],
+        stop_calls: Callable[[], None],
+        goodbyes: Callable[[], int],
     ) -> None:
         self._node = node
         self._settings = settings
         self._stop_listening = stop_listening
+        self._stop_calls = stop_calls
         self._goodbyes = goodbyes
         self._hurry = asyncio.Event()
 
@@ -67,7 +76,7 @@ class Leaving:
         Without ``graceful`` readiness is not waited for to be seen: nobody
         balances load onto a server that is stopped from its terminal.
         """
-        self._node.troubles["server"] = REASON
+        self._node.parts.troubles["server"] = REASON
         if graceful:
             await self._pause(self._settings.grace)
         self._node.leaving = True  # a connection that a proxy keeps can still ask to be a client's
@@ -75,6 +84,7 @@ class Leaving:
         try:
             async with asyncio.timeout(self._settings.timeout):
                 await self._send_away()
+                self._stop_calls()
                 while self._goodbyes() and not self._hurry.is_set():
                     await self._pause(TICK_S)
         except TimeoutError:

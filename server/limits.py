@@ -88,17 +88,28 @@ class Bucket:
         self._full_at = full_at
         return True
 
+    def wait_s(self, now: float, ahead: int = 0) -> float:
+        """How long it is until there is a token, once ``ahead`` others have had theirs; 0.0 if there is one now.
+
+        A thousandth of a token's time too long, for fractions: whoever waits so long finds one.
+        """
+        cost_s, most_s = self._rate.cost_s, self._rate.most_s
+        full_at = max(self._full_at, now) + (ahead + 1) * cost_s
+        return full_at - most_s - now + cost_s / 1000 if full_at > now + most_s else 0.0
+
 
 # --- addresses ---------------------------------------------------------------------
 class Buckets:
-    """A token bucket for each address: ``per_minute`` at once, and as many again in each minute; 0: no limit.
+    """A token bucket for each address, or name: ``per_minute`` come back in each minute; 0: no limit.
+
+    It holds ``burst`` of them, or as many as come in a minute.
 
     An IPv6 host has a whole network of addresses, so its first 64 bits count.
     Memory is bounded: a full bucket need not be remembered.
     """
 
-    def __init__(self, per_minute: int, addresses: int = ADDRESSES) -> None:
-        self._size = float(per_minute)
+    def __init__(self, per_minute: int, addresses: int = ADDRESSES, *, burst: int = 0) -> None:
+        self._size = float(burst or per_minute)
         self._rate = per_minute / 60
         self._addresses = addresses
         self._buckets: dict[str, tuple[float, float]] = {}
@@ -133,6 +144,15 @@ def network(address: str) -> str:
     if isinstance(host, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((host, 64), strict=False))
     return str(host)
+
+
+Owner = tuple[str, str]
+"""Who answers for what is asked: a user, or who has none an address, as the other one of the two."""
+
+
+def owner_of(user: str, address: str) -> Owner:
+    """Who answers for what comes of ``user`` (``""`` for none) at ``address``; no user's name is an address."""
+    return (user, "") if user else ("", network(address))
 
 
 # --- over processes ----------------------------------------------------------------

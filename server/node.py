@@ -1,12 +1,13 @@
 """One process of Waterspout: it joins history, broker, presence and the hub.
 
-Publishing, subscribing, recovery, repair and the once-a-second sweep are here,
-each a short ``async`` function that waits around decisions made elsewhere
-(``stream.catch_up``, ``Hub``).  The rules they keep:
+Publishing, subscribing and the once-a-second sweep are here, each a short function
+around decisions made elsewhere.  What is a matter of its own has a room of its own,
+which the node furnishes and everybody finds by it: ``parts`` (what is opened and closed,
+and may be away), ``peers`` and ``ordering`` (the other processes, and what is asked of
+connections wherever they are), ``pages`` and ``positioning`` (reads of history, and who
+is behind it), ``members``, ``blocking``.  The rules kept here:
 
 * register first, read after; look at ``closed`` again after every wait;
-* one read serves everybody who asked for a page of the same channel before it
-  began, and one repair serves all who share a hole;
 * history tells ``committed`` before it answers the publisher, so that a client
   sees its own publication before its reply, and also when nobody waits any more.
 
@@ -14,18 +15,12 @@ It reads no clock of its own: ``clock`` (Unix seconds) is handed in by run.py.
 """
 
 import asyncio
-import math
 import uuid
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
-from itertools import takewhile
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
-import msgspec
-
-from server import __version__, orders
+from server import __version__, facts, orders
 from server.blocking import Blocking
 from server.blocks import Blocks, Change
 from server.broker import ANNOUNCED_BYTES, Broker, Joined, Left, Note, Published, Spent, Word
@@ -33,15 +28,14 @@ from server.channels import Channels, Namespace
 from server.errors import (
     BAD_REQUEST,
     NOT_AVAILABLE,
-    SERVER_ERROR,
     SHUTDOWN,
     TOO_MANY_REQUESTS,
-    Disconnect,
     Disconnected,
     Refused,
     Unavailable,
+    Unsubscribed,
 )
-from server.globs import matcher
+from server.facts import Facts
 from server.history import Appended, Draft, History
 from server.hooks import Hooks
 from server.hub import Feed, Hub, Step, Subscription
@@ -49,37 +43,20 @@ from server.limits import Key, Quotas, Rate, network
 from server.members import Members
 from server.metrics import Counts
 from server.observe import event
-from server.outbox import Outbox
-from server.pages import NEWEST, Pages, patiently
-from server.peers import OWED_S, Peers
+from server.ordering import Orderable, Ordering
+from server.pages import NEWEST, Pages, Recovery, patiently
+from server.parts import Parts
+from server.peers import Peers
+from server.positioning import Positioning
 from server.presence import Presence
 from server.reload import same_terms
 from server.settings import Settings
-from server.stream import (
-    Page,
-    Position,
-    Publication,
-    Verdict,
-    catch_up,
-    weight_of,
-)
+from server.stream import Page, Position, Publication, Verdict, weight_of
 from server.tasks import Tasks
 from server.timetable import Timetable
 
-HOLE_PATIENCE_S = 0.03
-"""How long a hole may fill itself before history is asked: words overtake one another by milliseconds."""
-
-RETRY_S = 1.0
-"""How long after history failed a repair or a catching-up subscription asks again."""
-
 TOPS_S = 5.0
 """How often followed channels are compared with the tops in history; each second while the broker is silent."""
-
-OPEN_AGAIN_S = 2.0
-"""How long after a part could not be opened it is tried again."""
-
-ORDER_PATIENCE_S = 2.0
-"""How long the answers of other processes are waited for; an SDK waits 5 s for all of its command."""
 
 PASSING_KEY_S = 300.0
 PASSING_KEYS = 100_000
@@ -89,13 +66,8 @@ Renewal = Callable[[Settings], Callable[[], None]]
 """Makes ready for other settings, or raises ``ValueError``; what it returns is called when they hold."""
 
 
-class Session(Protocol):
+class Session(Orderable, Protocol):
     """What the node asks of one client's session."""
-
-    client: str
-    user: str
-    secret: str
-    """The session id by which a back end or an emulated client means just this connection; ``""`` on a WebSocket."""
 
     def __hash__(self) -> int:
         """A session is itself and nobody else."""
@@ -105,18 +77,6 @@ class Session(Protocol):
 
     def rewind(self, seconds: float) -> None:
         """The clock was set back: put what is due back as well, and into the timetable anew."""
-
-    def disconnect(self, disconnect: Disconnect, why: str = "") -> None:
-        """End the connection."""
-
-    def unsubscribe_by_order(self, channel: str) -> None:
-        """End the subscription of ``channel``, or all if it is empty, with 2000."""
-
-    def subscribe_by_order(self, order: orders.SubscribeOrder) -> None:
-        """Subscribe server-side."""
-
-    def refresh_by_order(self, order: orders.RefreshOrder) -> None:
-        """Move the connection's expiry."""
 
 
 class Node:
@@ -162,15 +122,43 @@ class Node:
         self.sessions: dict[str, Session] = {}
         self.users: defaultdict[str, dict[str, Session]] = defaultdict(dict)
         self.blocking = Blocking(blocks, lambda user: self.users.get(user, {}).values(), clock)
-        self._newcomers: dict[str, float] = {}
-        """When, by the loop's clock, those connected who did so in the last minutes; the oldest first."""
         self.streams: dict[str, Callable[[bytes], None]] = {}
         """What takes the commands of each emulated session here, by its secret id (PROTOCOL 2.5)."""
         self.timetable: Timetable[Session] = Timetable()
         self.patience_s = settings.mongo.publish_timeout if settings.mongo.url else settings.sqlite.publish_timeout
-        self.peers: Peers
-        """The other processes; there from ``open`` on."""
         self.tasks = Tasks()
+        self.parts = Parts(
+            history,
+            broker,
+            presence,
+            self.blocking,
+            openings={
+                "history": history.open,
+                "broker": self._open_broker,
+                "presence": lambda: presence.open(self.clock()),
+                "blocks": self.blocking.open,
+            },
+            tasks=self.tasks,
+            returned=self._returned,
+        )
+        self.peers = Peers(
+            broker,
+            self.id,
+            carry_out=lambda body, asked_at: self.ordering.answer(body, asked_at),
+            clock=lambda: asyncio.get_running_loop().time(),
+            later=lambda delay_s, call: asyncio.get_running_loop().call_later(delay_s, call),
+            lease_s=settings.presence.lease,
+        )
+        """The other processes."""
+        self.ordering = Ordering(
+            self.peers,
+            self.users,
+            self.hub,
+            self.blocking,
+            self.streams,
+            broker_trouble=lambda: self.parts.troubled.get("broker", ""),
+            forget=self._forget,
+        )
         self.pages = Pages(
             history,
             self.hub,
@@ -179,20 +167,18 @@ class Node:
             lambda: self.now_ms,
             patience_s=self.patience_s,
             at_once=settings.client.concurrent_recovery_limit,
+            per_second=settings.client.recovery_rate_limit,
         )
+        self.positioning = Positioning(self.hub, self.pages, self.tasks, self.counts, lambda: self.now_ms)
         self.members = Members(
-            presence, broker, self.hub, self.channels, self.tasks, clock, self.check_all, self.counts
+            presence, broker, self.hub, self.channels, self.tasks, clock, self.positioning.check_all, self.counts
         )
-        self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
         self._tops: dict[str, Position] = {}
         self.leaving = False
         """Takes no further client; see ``Leaving``."""
         self.renewals: list[Renewal] = []
         """Whoever has made something of the settings, to be asked when they change."""
-        self.troubles: dict[str, str] = {}
-        self._closed: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
-        self._opening: asyncio.Task[None] | None = None
-        self._unchecked = self._follow_failed = False
+        self._follow_failed = False
         self._swept_at = 0.0
         self._passing_keys: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._next_tops = self._next_renewal = 0.0
@@ -214,85 +200,25 @@ class Node:
         self.broker.on_word = self.heard
         self.broker.on_taken = self.counts.broker_seconds.observe
         self.broker.on_return = self._returned
-        loop = asyncio.get_running_loop()
-        self.peers = Peers(
-            self.broker,
-            self.id,
-            carry_out=self._answer,
-            clock=loop.time,
-            later=loop.call_later,
-            lease_s=self.settings.presence.lease,
-        )
         self.broker.on_note = self._noted
-        self._closed = {
-            "history": self.history.open,
-            "broker": lambda: self.broker.open(self.id),
-            "presence": lambda: self.presence.open(self.clock()),
-            "blocks": self.blocking.open,
-        }
-        faults = await self._open_closed()
-        if faults and not patiently:
-            for name in {"history", "broker", "presence", "blocks"} - self._closed.keys():
-                await getattr(self, name).close()
-            raise faults[0]
-        if faults:
-            self._opening = self.spawn(self._open_later(), "open what is not open yet")
+        await self.parts.open(patiently=patiently)
 
-    async def _open_closed(self) -> list[Unavailable]:
-        """Try to open what is not open, all at once; returns what was in the way."""
-        names = list(self._closed)
-        faults = []
-        for name, fault in zip(names, await asyncio.gather(*map(self._open_one, names)), strict=True):
-            if fault is None:
-                del self._closed[name]
-                self.troubles.pop(name, None)
-                continue
-            faults.append(fault)
-            self.troubles[name] = str(fault)
-        return faults
+    async def _open_broker(self) -> None:
+        await self.broker.open(self.id)
+        self._say_hello()
 
-    async def _open_one(self, name: str) -> Unavailable | None:
-        try:
-            await self._closed[name]()
-        except Unavailable as fault:
-            return fault
-        if name == "broker":
-            self.peers.tick(self._facts())
-        return None
-
-    async def _open_later(self) -> None:
-        while self._closed:
-            for name, why in self.troubles.items():
-                event(f"{name}.unavailable", why=why)
-            await asyncio.sleep(OPEN_AGAIN_S)
-            try:
-                await self._open_closed()
-            except Exception as fault:  # else one fault of ours would keep this process away for good
-                event("task.failed", task="open what is not open yet", fault=fault)
-        self._returned()
-
-    @property
-    def troubled(self) -> dict[str, str]:
-        """What keeps this process from serving in full: the part and why, in operator's words; empty if nothing."""
-        troubles = dict(self.troubles)
-        if self.history.trouble:
-            troubles.setdefault("history", self.history.trouble)
-        if away := self.broker.trouble or self.broker.mute:
-            troubles.setdefault("broker", away)
-        if self.blocking.trouble:
-            troubles.setdefault("blocks", self.blocking.trouble)
-        return troubles
+    def _returned(self) -> None:
+        """The broker is back: others may have come and gone, and anything may have been said."""
+        self._say_hello()
+        self.blocking.read_all()
+        self.positioning.check_all()
 
     async def close(self) -> None:
         """Finish what is under way and close the seams; sessions have been ended before."""
-        if self._opening is not None:
-            self._opening.cancel()
+        self.parts.give_up()
         await self.tasks.finish(self.patience_s)
         self.peers.close()
-        await self.broker.close()
-        await self.presence.close()
-        await self.blocks.close()
-        await self.history.close()
+        await self.parts.close()
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run ``work`` beside us; the node owns the task and logs what it raises."""
@@ -302,6 +228,28 @@ class Node:
     def now_ms(self) -> int:
         """The clock in Unix milliseconds."""
         return int(self.clock() * 1000)
+
+    @property
+    def facts(self) -> Facts:
+        """What this process is and holds (PROTOCOL 15.2, info)."""
+        feeds = self.hub.feeds.values()
+        return Facts(
+            self.id,
+            self.name,
+            __version__,
+            len(self.sessions),
+            len(self.users),
+            len(feeds),
+            sum(feed.size + len(feed.catching) for feed in feeds),
+            int(self.clock() - self.started_at),
+        )
+
+    def everybody(self) -> list[Facts]:
+        """This process and all others that are alive, as they last said."""
+        return [self.facts, *facts.read(self.peers.all.values())]
+
+    def _say_hello(self) -> None:
+        self.peers.tick(facts.encode(self.facts))
 
     # --- settings -------------------------------------------------------------
     def renew(self, settings: Settings) -> None:
@@ -316,6 +264,7 @@ class Node:
         self.command_rate = Rate.of(client.command_rate_limit, client.command_burst)
         if client.publish_rate_limit != former.publish_rate_limit:
             self.publishing = Quotas(client.publish_rate_limit, self._tell_spent)
+        self.pages.renew(client.recovery_rate_limit)
         for commit in commits:
             commit()
         for feed in list(self.hub.feeds.values()):
@@ -359,7 +308,7 @@ class Node:
         self.blocking.check_user(session.user)
         self.sessions[session.client] = session
         self.users[session.user][session.client] = session
-        self._newcomers[session.client] = asyncio.get_running_loop().time()
+        self.ordering.enter(session.client)
 
     def dismiss(self, session: Session) -> None:
         """Forget a session; it need not have been admitted."""
@@ -367,19 +316,9 @@ class Node:
             return
         mine = self.users[session.user]
         mine.pop(session.client, None)
-        self._newcomers.pop(session.client, None)
+        self.ordering.dismiss(session.client)
         if not mine:
             del self.users[session.user]
-
-    def targeted(self, target: orders.Target) -> list[Session]:
-        """The connections here that an order is for (PROTOCOL 15.2)."""
-        return [
-            session
-            for client, session in self.users.get(target.user, {}).items()
-            if (not target.client or client == target.client)
-            and (not target.session or session.secret == target.session)
-            and client not in target.spared
-        ]
 
     # --- publishing -----------------------------------------------------------
     async def publish(self, channel: str, namespace: Namespace, draft: Draft, patience_s: float = 0) -> Appended:
@@ -436,7 +375,8 @@ class Node:
         self.check_size(publication)
         self.counts.passing += 1
         self.hub.hear(channel, "", publication)
-        self.broker.announce(Published(channel, Position(), (publication,)))
+        if not self.broker.alone:
+            self.broker.announce(Published(channel, Position(), (publication,)))
 
     def repeated(self, channel: str, key: str) -> bool:
         """Has this key been used in a passing channel in the last minutes?  It counts as used from now on."""
@@ -465,7 +405,7 @@ class Node:
             verdict = self.hub.hear(channel, epoch, publication)
             if verdict is Verdict.HOLE or verdict is Verdict.FOREIGN:
                 self.counts.holes += 1
-                self._mend(channel, patiently=verdict is Verdict.HOLE)
+                self.positioning.mend(channel, patiently=verdict is Verdict.HOLE)
 
     def heard(self, word: Word) -> None:
         """Another process has said something; it may be late, repeated or out of order."""
@@ -478,7 +418,7 @@ class Node:
                 self._deliver(channel, top.epoch, publications)
                 self._note_heard(publications)
                 if top.offset and not (newest is not None and newest.offset == top.offset):
-                    self._compare(channel, top)
+                    self.positioning.compare(channel, top)
             case Joined(channel, info):
                 self.members.tell(channel, "join", info)
             case Left(channel, info):
@@ -490,6 +430,7 @@ class Node:
             if publications[0].time_ms:
                 self.counts.others_age_seconds.observe(max(0.0, self.clock() - publications[0].time_ms / 1000))
 
+    # --- taking back ------------------------------------------------------------
     async def remove(self, channel: str) -> None:
         """Forget the payloads of a kept channel; offsets go on (PROTOCOL 11.1).  Raises ``errors.Unavailable``."""
         await self.history.remove(channel)
@@ -506,7 +447,7 @@ class Node:
     async def _forget_everywhere(self, channel: str) -> None:
         """History has lost payloads on purpose: no process may hand them out from its memory."""
         self._forget(channel)
-        await self.ask(orders.Forget(channel))
+        await self.ordering.ask(orders.Forget(channel))
 
     def _forget(self, channel: str) -> None:
         feed = self.hub.feeds.get(channel)
@@ -515,119 +456,61 @@ class Node:
             feed.forget_tail()
             if feed.ahead:
                 feed.forget_ahead()
-                self._mend(channel, patiently=False)
+                self.positioning.mend(channel, patiently=False)
 
-    # --- repair ---------------------------------------------------------------
-    def _compare(self, channel: str, top: Position) -> None:
-        if self.hub.behind(channel, top):
-            self._mend(channel, patiently=False)
+    async def block(self, user: str, change: Change) -> None:
+        """Change what ``user`` may not, here and everywhere else (PROTOCOL 10.5).
 
-    def _mend(self, channel: str, *, patiently: bool) -> asyncio.Future[None] | None:
-        """Have a channel brought up to history's top; one repair at a time, shared."""
-        feed = self.hub.feeds.get(channel)
-        if feed is None:
-            return None
-        if feed.repairing is None:
-            feed.repairing = self.spawn(self._repair(feed, patiently), f"repair {channel}")
-        return feed.repairing
-
-    async def _repair(self, feed: Feed, patiently: bool) -> None:
-        try:
-            if patiently:
-                await asyncio.sleep(HOLE_PATIENCE_S)
-                if not feed.incomplete:
-                    return
-            for _ in range(3):
-                if feed.cursor is None or not await self._repair_once(feed) or not feed.incomplete:
-                    return
-            feed.forget_ahead()
-        finally:
-            feed.repairing = None
-
-    async def _repair_once(self, feed: Feed) -> bool:
-        """Read one page and mend with it; false if the feed is gone meanwhile."""
-        while True:
-            cursor = feed.cursor
-            if cursor is None or self.hub.feeds.get(feed.channel) is not feed:
-                return False
-            since = cursor.position
-            try:
-                page = await self.pages.mending(feed, since.offset)
-                break
-            except Unavailable as error:
-                self.counts.failed_repairs += 1
-                event("channel.repair_failed", channel=feed.channel, why=error)
-                await asyncio.sleep(RETRY_S)
-        if self.hub.feeds.get(feed.channel) is not feed:
-            return False
-        self.counts.repairs += 1
-        event("channel.repaired", channel=feed.channel, offset=since.offset, top=page.top.offset)
-        for subscription in self.hub.mend(feed, since, page):
-            if subscription.cursor is None:
-                subscription.session.lose(subscription)
-            else:
-                self._start_catching_up(subscription)
-        return True
-
-    def _returned(self) -> None:
-        """The broker is back: others may have come and gone, and anything may have been said."""
-        self.peers.tick(self._facts())
-        self.blocking.read_all()
-        self.check_all()
-
-    def check_all(self) -> None:
-        """Anything may have been missed: compare every followed kept channel with history now."""
-        self._unchecked = True
-        self.tasks.once("compare tops", self._check_tops)
-
-    async def _check_tops(self) -> None:
-        while self._unchecked:  # a check that had begun before has not seen what was missed since
-            self._unchecked = False
-            await self._check_tops_once()
-
-    async def _check_tops_once(self) -> None:
-        followed = [channel for channel, feed in self.hub.feeds.items() if feed.namespace.kept and feed.cursor]
-        if not followed:
-            return
-        try:
-            tops = await self.pages.tops(followed)
-        except Unavailable as error:
-            event("history.unavailable", why=error)
-            return
-        for channel in followed:
-            self._compare(channel, tops.get(channel, Position()))
+        Raises ``errors.Unavailable``: the store's outcome is unknown, or it is done and
+        not all other processes have said so; then they find out by themselves.
+        """
+        record = await patiently(self.blocks.change(user, change, self.now_ms), self.patience_s, "the store of blocks")
+        self.blocking.take(record)
+        await self.ordering.ask(orders.Blocked(record))
 
     # --- subscribing ----------------------------------------------------------
-    async def subscribe(
-        self, subscription: Subscription, since: Position | None, *, newest: bool = False
-    ) -> Page | None:
-        """Register a subscription and read what it needs for its reply: a page after ``since``, or the top.
+    async def subscribe(self, subscription: Subscription, recovery: Recovery | None) -> Page | None:
+        """Register a subscription and read what it needs for its reply: what it recovers, or without that the top.
 
-        With ``newest`` the page ends with the newest publication that is kept; for a
-        subscription with a filter it has those before it as well (PROTOCOL 11.6).
-        Returns ``None`` for a passing channel.  Afterwards either ``settle`` in
-        the same loop turn as the reply, or ``release``.  Raises
-        ``errors.Unavailable``, having released it.
+        If the newest is to be recovered the page ends with the newest publication that is kept;
+        for a subscription with a filter it has those before it as well (PROTOCOL 11.6).
+        Returns ``None`` for a passing channel and for no other.  Afterwards either ``settle`` in
+        the same loop turn as the reply, or ``release``.  Raises ``errors.Unavailable``, having released it
+        (``errors.Overdue`` if its turn does not come in time), and ``errors.Unsubscribed`` if it was closed meanwhile.
         """
         if subscription.namespace is not self.channels.namespace(subscription.channel):
             raise Unavailable("the options of its namespace have changed while it was about to subscribe")
         feed = self.hub.join(subscription)
+        if feed.followed and not subscription.namespace.kept:
+            return None  # as below, but without a timer for a wait that there is none of: 6 µs of a connection's 330
         try:
             async with asyncio.timeout(self.patience_s):
-                await self._follow(feed)
-                if not subscription.namespace.kept:
-                    return None
-                if since is None:
-                    return await self.pages.after(feed, NEWEST)
-                if newest:
-                    return await self.pages.newest(feed, filtered=subscription.manner.filter is not None)
-                return self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
+                page = await self._first_page(subscription, feed, recovery)
+            if subscription.closed:
+                raise Unsubscribed
+            return page
         except TimeoutError:
             self.release(subscription)
             raise Unavailable(f"a subscription was not in force within {self.patience_s:g} s") from None
         except BaseException:
             self.release(subscription)
             raise
+
+    async def _first_page(self, subscription: Subscription, feed: Feed, recovery: Recovery | None) -> Page | None:
+        kept = subscription.namespace.kept
+        if kept and recovery is not None:
+            await self.pages.turn(subscription, recovery)
+            if subscription.closed:
+                raise Unsubscribed
+        await self._follow(feed)
+        if not kept:
+            return None
+        if recovery is None:
+            return await self.pages.after(feed, NEWEST)
+        if recovery.newest:
+            return await self.pages.newest(feed, filtered=subscription.manner.filter is not None)
+        since = recovery.since
+        return self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
 
     async def _follow(self, feed: Feed) -> None:
         """Wait until what others say here is heard, or until the broker says that it cannot be now.
@@ -657,78 +540,11 @@ class Node:
         self.hub.begin(subscription)
         cursor = subscription.cursor
         if cursor is not None and top is not None and cursor.offset < top.offset:
-            self._start_catching_up(subscription)
+            self.positioning.start_catching_up(subscription)
             return
         step = self.hub.go_live(subscription)
         if step is not Step.LIVE:
-            self._start_catching_up(subscription, step)
-
-    def _start_catching_up(self, subscription: Subscription, step: Step = Step.READ) -> None:
-        self.spawn(self._catch_up(subscription, step), f"catch up {subscription.channel}")
-
-    async def _catch_up(self, subscription: Subscription, step: Step) -> None:
-        """Read page after page at the pace of the socket, then go live; PROTOCOL 11.5.
-
-        The subscriptions of one socket take turns: if all of them took the room
-        that they see when it is drained, their pages together would be too much.
-        """
-        turn = self._turns.setdefault(subscription.outbox, asyncio.Lock())
-        while step not in (Step.LIVE, Step.ENDED):
-            try:
-                if step is Step.REPAIR:
-                    step = await self._wait_for_repair(subscription)
-                else:
-                    async with turn:
-                        await subscription.outbox.drained()
-                        await asyncio.sleep(0)  # a page from memory waits for nothing: others have their turn first
-                        step = await self._read_on(subscription)
-            except Disconnected as end:
-                if not subscription.closed:
-                    subscription.session.disconnect(end.disconnect, "it did not take its history")
-                return
-            except Unavailable as error:
-                event("channel.repair_failed", channel=subscription.channel, why=error)
-                await asyncio.sleep(RETRY_S)
-            except Exception as fault:
-                event("task.failed", task=f"catch up {subscription.channel}", fault=fault)
-                subscription.session.disconnect(SERVER_ERROR, "a fault of ours while it caught up")
-                return
-            if subscription.closed:
-                return
-
-    async def _read_on(self, subscription: Subscription) -> Step:
-        feed, cursor = subscription.feed, subscription.cursor
-        if feed is None or cursor is None:
-            return Step.LIVE
-        since = cursor.position
-        page = self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
-        if subscription.closed:
-            return Step.LIVE
-        caught = catch_up(since, page)
-        if not caught.recovered:
-            subscription.session.lose(subscription)
-            return Step.LIVE
-        if not self.hub.send(subscription, caught.publications, page.top.epoch):
-            return Step.ENDED
-        if subscription.closed:
-            return Step.LIVE
-        if not cursor.epoch:
-            cursor.epoch = page.top.epoch
-        if cursor.offset < page.top.offset:
-            return Step.READ
-        if not page.top.epoch and feed.cursor is not None and feed.cursor.epoch:
-            return Step.REPAIR  # History has forgotten the channel under its live ones.
-        return self.hub.go_live(subscription)
-
-    async def _wait_for_repair(self, subscription: Subscription) -> Step:
-        repair = self._mend(subscription.channel, patiently=False)
-        if repair is not None:
-            await asyncio.shield(repair)
-        if subscription.closed:
-            return Step.LIVE
-        step = self.hub.go_live(subscription)
-        # The channel is as far as history now; if they still do not meet, history has to judge the other one.
-        return Step.READ if step is Step.REPAIR else step
+            self.positioning.start_catching_up(subscription, step)
 
     def release(self, subscription: Subscription) -> None:
         """Take a subscription out of the hub; the last one of a channel lets go of the broker, too."""
@@ -742,138 +558,6 @@ class Node:
         except Unavailable as error:
             event("broker.unavailable", why=error)
 
-    # --- orders ---------------------------------------------------------------
-    async def order(self, order: orders.Order) -> None:
-        """Carry out an order here and everywhere else.
-
-        Raises ``errors.Unavailable`` if a process that is alive has not answered
-        in time, or if none can be asked; they are asked again for a minute.
-        """
-        self.obey(order)
-        await self.ask(order)
-
-    def order_soon(self, order: orders.Order) -> None:
-        """As ``order``, by somebody who does not wait for the others."""
-        self.obey(order)
-        self.peers.ask(orders.encode(order))
-
-    async def ask(self, question: orders.Question, to: str = "") -> dict[str, bytes]:
-        """Ask the node ``to``, or all others; returns the answers by node id, raises as ``order``.
-
-        What is neither an order nor news to keep is of no use later, and not asked again then.
-        """
-        asked = self.peers.ask(orders.encode(question), to)
-        try:
-            silent = await asked.answered(ORDER_PATIENCE_S, self.peers.silent)
-        finally:
-            if not isinstance(question, orders.Order | orders.Forget | orders.Blocked):
-                self.peers.give_up(asked)
-        why = self.troubled.get("broker")
-        if why and (silent or not asked.answers):  # who fell silent may be alive, and so may who is not known
-            raise Unavailable(f"other processes cannot be asked: {why}")
-        if not all(map(self.peers.silent, silent)) or (to and silent):
-            raise Unavailable(f"{len(silent)} other processes have not answered within {ORDER_PATIENCE_S:g} s")
-        return asked.answers
-
-    def _answer(self, body: bytes, asked_at: float) -> bytes:
-        """Carry out what another process asked; a fault of ours in it is logged, and answered with nothing."""
-        try:
-            question = orders.decode(body)
-        except msgspec.DecodeError as error:
-            event("broker.unreadable", why=error)
-            return b""
-        try:
-            match question:
-                case orders.ChannelsQuestion(pattern):
-                    return _encode(self.followed(pattern))
-                case orders.ConnectionsQuestion(target):
-                    return _encode([session.client for session in self.targeted(target)])
-                case orders.Forget(channel):
-                    self._forget(channel)
-                    return b""
-                case orders.Blocked(record):
-                    self.blocking.take(record)
-                    return b""
-                case orders.Emulated(session, data):
-                    return self.hand_over(session, data)
-                case _:
-                    self.obey(question, asked_at)
-                    return b""
-        except Exception as fault:
-            event("task.failed", task=f"answer {type(question).__name__}", fault=fault)
-        return b""
-
-    def hand_over(self, session: str, data: bytes) -> bytes:
-        """Give commands to the emulated session that holds its stream here, if there is one (PROTOCOL 2.5)."""
-        take = self.streams.get(session)
-        if take is not None:
-            take(data)
-        return b""
-
-    def obey(self, order: orders.Order, asked_at: float = math.inf) -> None:
-        """Carry out an order on the connections of this process that were here when it was given.
-
-        ``asked_at`` is that time by the loop's clock; an order that comes late does
-        not mean who has come since.
-        """
-        for session in self.targeted(order.target):
-            if self._newcomers.get(session.client, -math.inf) > asked_at:
-                continue
-            match order:
-                case orders.DisconnectOrder(_, code, reason):
-                    session.disconnect(Disconnect(code, reason), "ordered by the back-end API")
-                case orders.SubscribeOrder():
-                    session.subscribe_by_order(order)
-                case orders.UnsubscribeOrder(_, channel):
-                    session.unsubscribe_by_order(channel)
-                case orders.RefreshOrder():
-                    session.refresh_by_order(order)
-
-    async def block(self, user: str, change: Change) -> None:
-        """Change what ``user`` may not, here and everywhere else (PROTOCOL 10.5).
-
-        Raises ``errors.Unavailable``: the store's outcome is unknown, or it is done and
-        not all other processes have said so; then they find out by themselves.
-        """
-        record = await patiently(self.blocks.change(user, change, self.now_ms), self.patience_s, "the store of blocks")
-        self.blocking.take(record)
-        await self.ask(orders.Blocked(record))
-
-    def followed(self, pattern: str = "") -> dict[str, int]:
-        """How many are subscribed here, by channel, of those whose names match ``pattern`` (PROTOCOL 15.2).
-
-        Raises ``ValueError`` for what is no pattern.
-        """
-        matches = matcher(pattern)
-        return {channel: feed.size + len(feed.catching) for channel, feed in self.hub.feeds.items() if matches(channel)}
-
-    def _facts(self) -> bytes:
-        """What this process says of itself."""
-        return _encode(self.facts)
-
-    @property
-    def facts(self) -> "Facts":
-        """What this process is and holds (PROTOCOL 15.2, info)."""
-        feeds = self.hub.feeds.values()
-        return Facts(
-            self.id,
-            self.name,
-            __version__,
-            len(self.sessions),
-            len(self.users),
-            len(feeds),
-            sum(feed.size + len(feed.catching) for feed in feeds),
-            int(self.clock() - self.started_at),
-        )
-
-    def everybody(self) -> "list[Facts]":
-        """This process and all others that are alive, as they last said."""
-        found = [self.facts]
-        for peer in self.peers.all.values():
-            with suppress(msgspec.DecodeError):  # of another version; it is there all the same
-                found.append(msgspec.msgpack.decode(peer.facts, type=Facts))
-        return found
-
     # --- once a second ----------------------------------------------------------
     def sweep(self, now: float) -> None:
         """The once-a-second work: due sessions, retention, leases, and the search for silent losses."""
@@ -885,29 +569,23 @@ class Node:
                 session.tick(now)
             except Exception as fault:  # the others' time has come as well
                 event("sweep.failed", fault=fault)
-        self._forget_newcomers()
+        self.ordering.sweep()
         self.publishing.forget(now)
         self.hub.sweep()
         tops, self._tops = self._tops, {}
         for channel, top in tops.items():
             self.broker.announce(Published(channel, top))
-        self.peers.tick(self._facts())
+        self._say_hello()
         if now >= self._next_tops or self.broker.trouble:
             self._next_tops = now + TOPS_S
-            self.check_all()
+            self.positioning.check_all()
         if now >= self._next_renewal:
             self._next_renewal = now + self.settings.presence.lease / 4
             self.tasks.once("renew presence", self.members.renew)
         self.tasks.once("sweep presence", self.members.sweep)
         self.tasks.once("sweep history", self._sweep_history)
-        if "blocks" not in self._closed and self.blocking.due(asyncio.get_running_loop().time()):
+        if self.parts.is_open("blocks") and self.blocking.due(asyncio.get_running_loop().time()):
             self.tasks.once("read blocks", self.blocking.read)
-
-    def _forget_newcomers(self) -> None:
-        """Who has been here for longer than orders are repeated is meant by any of them."""
-        oldest = asyncio.get_running_loop().time() - 2 * OWED_S
-        for client in [client for client, _ in takewhile(lambda came: came[1] < oldest, self._newcomers.items())]:
-            del self._newcomers[client]
 
     def _rewind(self, seconds: float) -> None:
         """The clock was set back: nothing waits until it is then again."""
@@ -921,19 +599,3 @@ class Node:
             await self.history.sweep(self.channels.retention, self.now_ms)
         except Unavailable as error:
             event("history.unavailable", why=error)
-
-
-_encode = msgspec.msgpack.Encoder().encode
-
-
-class Facts(msgspec.Struct):
-    """One process, as it says itself (PROTOCOL 15.2, info); ``uptime`` in seconds."""
-
-    uid: str
-    name: str
-    version: str
-    num_clients: int
-    num_users: int
-    num_channels: int
-    num_subs: int
-    uptime: int

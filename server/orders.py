@@ -2,7 +2,7 @@
 
 An *order* is carried out on every connection it is for, wherever that is; other
 questions want to be told something.  ``peers`` carries them there and their
-answers back, ``node`` carries them out.
+answers back, ``ordering`` carries them out.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class ChannelsQuestion(msgspec.Struct, frozen=True, tag="c"):
 
 
 class ConnectionsQuestion(msgspec.Struct, frozen=True, tag="n"):
-    """Which connections does the target have?"""
+    """Which connections does the target have?  Answered by ``Connections``."""
 
     target: Target
 
@@ -90,6 +90,31 @@ class Emulated(msgspec.Struct, frozen=True, tag="e"):
 
     session: str
     data: bytes
+
+
+class Connection(msgspec.Struct, frozen=True):
+    """One connection, as its process describes it (PROTOCOL 15.2.20); ``connected_at`` in Unix seconds.
+
+    ``channels`` are some of those that it is subscribed to, ``num_channels`` is how many these are.
+    """
+
+    client: str
+    user: str
+    transport: str
+    protocol: str
+    address: str
+    connected_at: int
+    num_channels: int = 0
+    channels: Sequence[str] = ()
+    app_name: str = ""
+    app_version: str = ""
+
+
+class Connections(msgspec.Struct, frozen=True):
+    """The connections that the target of a ``ConnectionsQuestion`` has in one process: how many, and some of them."""
+
+    number: int
+    connections: Sequence[Connection]
 
 
 Order = DisconnectOrder | SubscribeOrder | UnsubscribeOrder | RefreshOrder

@@ -2,24 +2,29 @@
 
 Everybody who wants a page of a channel before a read of it begins is served by
 that read, as far as it reaches; so a thousand who come back to one channel cost
-history a few reads.  Reads for recoveries are let through so many at a time; one
-for a hole under live subscriptions does not wait behind them.  A payload that was
-erased while a page was on its way is never handed out: the page is read again.
+history a few reads.  Recoveries begin so many a second, and pages for them are read
+so many at a time; a page for a hole under live subscriptions does not wait behind
+either.  A payload that was erased while a page was on its way is never handed out:
+the page is read again.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+import msgspec
+
 from server.channels import Namespace
 from server.errors import Unavailable
 from server.history import History
-from server.hub import Feed, Hub
+from server.hub import Feed, Hub, Subscription
+from server.limits import Owner
 from server.metrics import Counts
 from server.observe import event
 from server.protocol import MAX_OFFSET
 from server.stream import PAGE_BYTES, PAGE_PUBLICATIONS, Page, Position
 from server.tasks import Tasks
+from server.turnstile import Turnstile
 
 T = TypeVar("T")
 
@@ -27,6 +32,22 @@ NEWEST = MAX_OFFSET
 """Asked for in the place of an offset by who wants to know where the top is, and no page."""
 
 NO_LIMIT = 2**31
+RECOVERY_RATE = "client.recovery_rate_limit"
+
+TURN_PART = 0.5
+"""Within which part of the patience a recovery must have its turn; the rest is for its page."""
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """What somebody who comes back wants: what follows ``since``, or the ``newest`` of it alone (PROTOCOL 11.6).
+
+    ``asked_at`` (Unix s) is when the command or the request for it came; ``owner`` is whose turn it takes.
+    """
+
+    since: Position
+    asked_at: float
+    owner: Owner
+    newest: bool = False
 
 
 async def patiently(work: Awaitable[T], patience_s: float, whose: str = "history") -> T:
@@ -41,7 +62,8 @@ async def patiently(work: Awaitable[T], patience_s: float, whose: str = "history
 class Pages:
     """The reads of one process.  Each raises ``errors.Unavailable``, at the latest after ``patience_s``.
 
-    ``now_ms()`` is Unix time; ``at_once`` how many recoveries are read for at a time, 0 for any number.
+    ``now_ms()`` is Unix time; ``at_once`` how many recoveries are read for at a time, and ``per_second``
+    how many channels begin to be read for them in a second, 0 for any number.
     """
 
     def __init__(
@@ -54,6 +76,7 @@ class Pages:
         *,
         patience_s: float,
         at_once: int,
+        per_second: int,
     ) -> None:
         self._history = history
         self._hub = hub
@@ -62,6 +85,14 @@ class Pages:
         self._now_ms = now_ms
         self._patience_s = patience_s
         self._turns = asyncio.Semaphore(at_once or NO_LIMIT)
+        self._turnstile = Turnstile(per_second, RECOVERY_RATE, self._count_wait)
+
+    def renew(self, per_second: int) -> None:
+        """Let so many recoveries begin in a second from now on, those that wait already included."""
+        self._turnstile.renew(per_second)
+
+    def _count_wait(self) -> None:
+        self._counts.limits[RECOVERY_RATE] += 1
 
     async def read(
         self,
@@ -90,6 +121,20 @@ class Pages:
     async def tops(self, channels: list[str]) -> dict[str, Position]:
         """The tops of those that history knows."""
         return await self._timely(self._history.tops(channels))
+
+    async def turn(self, subscription: Subscription, recovery: Recovery) -> None:
+        """Return when it is the turn of a subscription that comes back: at once if memory has what it needs.
+
+        What ends with the newest is always read.  It may have been closed meanwhile.
+        Raises ``errors.Overdue`` if its turn does not come in time, at once if that is
+        known at once (PROTOCOL 18.0.7).
+        """
+        feed = subscription.feed
+        assert feed is not None, f"{subscription!r} has no feed"
+        if recovery.newest or self._hub.recall(feed, recovery.since, self._now_ms()) is None:
+            waited_s = max(0.0, self._now_ms() / 1000 - recovery.asked_at)
+            left_s = self._patience_s * TURN_PART - waited_s
+            await self._turnstile.take(feed.channel, subscription, recovery.owner, left_s)
 
     async def mending(self, feed: Feed, since: int) -> Page:
         """A page after ``since`` for the live ones, who wait for nobody."""

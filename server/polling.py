@@ -29,12 +29,15 @@ from server.errors import (
     Disconnected,
     Refused,
     Unavailable,
+    Unsubscribed,
 )
 from server.hub import Subscription
 from server.inside import InsideOutbox, LineWire, publications
+from server.limits import owner_of
 from server.manners import express
 from server.node import Node
 from server.observe import event
+from server.pages import Recovery
 from server.stream import Cursor, Position, Publication, catch_up
 
 LONGEST_S = 60
@@ -148,7 +151,8 @@ class Poll:
         self.client = caller.client
         self.user = caller.user
         self._node = caller.node
-        self._address = caller.request.remote_addr
+        self._request = caller.request
+        self._began_at = caller.node.clock()
         self._expire_at = caller.expire_at
         self._limit = limit
         self._over: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -174,12 +178,15 @@ class Poll:
             wait_s = min(wait_s, max(0.0, self._expire_at - node.clock()))
         node.blocking.check("history", self.user, subscription.channel)
         node.admit(self)
-        node.arrive(self._address)
+        node.arrive(self._request.remote_addr)
         try:
-            page = await node.subscribe(subscription, since)
-            assert page is not None, "only kept channels are polled"
-            if self.over:
+            try:
+                page = await node.subscribe(
+                    subscription, Recovery(since, self._began_at, owner_of(self.user, self._request.remote_addr))
+                )
+            except Unsubscribed:
                 return self._answer(since)
+            assert page is not None, "only kept channels are polled"
             caught = catch_up(since, page)
             if not caught.recovered:
                 raise Gone(page.top)
@@ -195,7 +202,7 @@ class Poll:
         finally:
             node.release(subscription)
             node.dismiss(self)
-            node.depart(self._address)
+            node.depart(self._request.remote_addr)
 
     def _answer(self, since: Position) -> Tidings:
         """What the poll has got; raises what ended it otherwise."""
@@ -211,8 +218,24 @@ class Poll:
         return Tidings(bodies, position, self._outbox.full or len(found) > len(bodies))
 
     def _finish(self, end: Exception | None = None) -> None:
+        """It has news, or is ended: then it follows nothing any more, and waits for no turn to read."""
         if not self.over:
             self._over.set_result(end)
+        if end is not None:
+            self._node.release(self._subscription)
+
+    def describe(self, most_channels: int) -> orders.Connection:
+        """What a back end is told of it; PROTOCOL 15.2.20."""
+        return orders.Connection(
+            self.client,
+            self.user,
+            self._request.transport,
+            self._request.format,
+            self._request.remote_addr,
+            int(self._began_at),
+            1,
+            [self._subscription.channel][:most_channels],
+        )
 
     # --- what ends it: see ``node.Session`` and ``hub.Subscriber`` ----------------------------
     def disconnect(self, disconnect: Disconnect, why: str = "") -> None:

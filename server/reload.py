@@ -48,6 +48,7 @@ LIVE = frozenset(
         "client.history_max_publication_limit",
         "client.publish_rate_limit",
         "client.recovery_max_publication_limit",
+        "client.recovery_rate_limit",
         "client.stale_close_delay",
         "client.subscription_token",
         "client.token",
@@ -59,6 +60,7 @@ LIVE = frozenset(
         "http_api.key",
         "log.level",
         "rest.poll_limit",
+        "rest.read_rate_limit",
     )
 )
 """What can be changed in a running server; of namespaces all but their proxies."""

@@ -19,6 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from enum import Enum
+from itertools import islice
 from typing import Any, Never, Protocol
 
 import msgspec
@@ -163,8 +164,11 @@ class Session:
         "_refusals_full_at",
         "_skills",
         "_stale_at",
+        "app_name",
+        "app_version",
         "arrived",
         "client",
+        "connected_at",
         "expire_at",
         "gate",
         "granted",
@@ -205,7 +209,9 @@ class Session:
         self.granted: frozenset[str] = frozenset()
         self.arrived = 0.0
         self.handle = None if node.hooks is None else Client(self, node.hooks)
-        self._stale_at = node.clock() + node.settings.client.stale_close_delay
+        self.app_name = self.app_version = ""
+        self.connected_at = node.clock()
+        self._stale_at = self.connected_at + node.settings.client.stale_close_delay
         node.arrive(request.remote_addr)
         node.counts.opened[request.transport] += 1
         node.timetable.put(self, self._stale_at)
@@ -223,6 +229,21 @@ class Session:
     def following(self) -> list[str]:
         """The channels it is subscribed to."""
         return list(self.subscriptions)
+
+    def describe(self, most_channels: int) -> orders.Connection:
+        """What a back end is told of it; PROTOCOL 15.2.20."""
+        return orders.Connection(
+            self.client,
+            self.user,
+            self.request.transport,
+            self.request.format,
+            self.request.remote_addr,
+            int(self.connected_at),
+            len(self.subscriptions),
+            list(islice(self.subscriptions, most_channels)),
+            self.app_name,
+            self.app_version,
+        )
 
     def start_connecting(self) -> None:
         """Connect has come; raises ``Disconnected(MALFORMED)`` if it is not the first."""
@@ -311,6 +332,8 @@ class Session:
             return
         self._busy = False
         for _ in range(TURN):
+            if self._inbox is not inbox:  # connect was refused, and what stood behind it is dropped
+                return
             if self._paused and len(inbox) <= INBOX // 2:
                 self._paused = False
                 self.outbox.resume_reading()

@@ -572,6 +572,12 @@ class ClientSettings(Section):
     concurrent_recovery_limit: Integer = Field(
         default=32, ge=0, description="Pages of history read at once for recoveries; others wait in turn; 0: no limit."
     )
+    recovery_rate_limit: Integer = Field(
+        default=200,
+        ge=0,
+        description="Recoveries a second that need a read of history, one for all that come back to a channel at once; "
+        "others wait in turn (100 if it comes too late); 0: no limit.",
+    )
     outbox_stall_timeout: Seconds = Field(
         default=10.0, gt=0.0, description="Time without any progress of a socket that has something waiting (3008)."
     )
@@ -744,6 +750,11 @@ class RestSettings(Section):
         default=100,
         ge=0,
         description="Long-polls that one user may have waiting, or one address without a user (HTTP 429); 0: no limit.",
+    )
+    read_rate_limit: Integer = Field(
+        default=100,
+        ge=0,
+        description="Reads a second of one user, or of one address without a user (HTTP 429); 0: no limit.",
     )
 
 

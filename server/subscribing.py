@@ -29,11 +29,14 @@ from server.errors import (
     Disconnected,
     Refused,
     Unavailable,
+    Unsubscribed,
 )
 from server.hooks import Allow, Client, Hook, Hooks
 from server.hub import Subscription
+from server.limits import owner_of
 from server.manners import Delta, Manner, bodies
 from server.observe import event
+from server.pages import Recovery
 from server.protocol import Command
 from server.session import Entrant, Session, json_info, ttl_s
 from server.stream import ClientInfo, Cursor, Page, Position, catch_up
@@ -100,15 +103,23 @@ async def _subscribe_patiently(
         return
     if channel in session.subscriptions:
         raise Refused(ALREADY_SUBSCRIBED, "subscribed by the server meanwhile")
-    subscription, result, top = await join(
-        session, channel, namespace, request, options, expire_at=expire_at, manner=manner
-    )
-    if subscription.closed:
-        if not session.closed:
-            if subscription.namespace is not session.node.channels.namespace(channel):
-                raise Unavailable("the options of its namespace have changed while it subscribed")
-            raise Refused(PERMISSION_DENIED, "unsubscribed by the server while subscribing")
-        return
+    try:
+        subscription, result, top = await join(
+            session,
+            channel,
+            namespace,
+            request,
+            options,
+            asked_at=session.arrived,
+            expire_at=expire_at,
+            manner=manner,
+        )
+    except Unsubscribed:
+        if session.closed:
+            return
+        if namespace is not session.node.channels.namespace(channel):
+            raise Unavailable("the options of its namespace have changed while it subscribed") from None
+        raise Refused(PERMISSION_DENIED, "unsubscribed by the server while subscribing") from None
     session.reply(command, "subscribe", result)
     begin(session, subscription, top)
     if expire_at:
@@ -191,16 +202,19 @@ async def join(
     request: protocol.SubscribeRequest,
     options: SubscribeOptions,
     *,
+    asked_at: float,
     expire_at: int = 0,
     server_side: bool = False,
     manner: Manner | None = None,
 ) -> tuple[Subscription, protocol.SubscribeResult, Position | None]:
     """Register, read, and work out the result; the caller replies and then calls ``begin`` in the same turn.
 
-    The permission has been checked.  Without a ``manner`` it is sent to as its wire has
-    it, and no more.  Also returns where history stood.  Raises ``Disconnected`` if the
-    session ended before this could begin, and ``Refused`` if its user is blocked in the
-    channel: from here on whoever blocks them finds the subscription (PROTOCOL 10.5).
+    The permission has been checked.  ``asked_at`` (Unix s) is when the command, the request
+    or the order for it came (PROTOCOL 18.0.7).  Without a ``manner`` it is sent to as its
+    wire has it, and no more.  Also returns where history stood.  Raises ``Disconnected``
+    if the session ended before this could begin, ``Unsubscribed`` if the subscription
+    was closed meanwhile, ``Unavailable``, and ``Refused`` if its user is blocked in the channel:
+    from here on whoever blocks them finds the subscription (PROTOCOL 10.5).
     """
     if session.closed:
         raise Disconnected(CONNECTION_CLOSED, "it ended before it was subscribed")
@@ -229,10 +243,14 @@ async def join(
     session.subscriptions[channel] = subscription
     since = _since(request, namespace) if granted.recoverable else None
     cached = namespace.options.force_recovery_mode == "cache"
+    recovery = None
+    if since is not None:
+        recovery = Recovery(since, asked_at, owner_of(session.user, session.request.remote_addr), cached)
     try:
-        page = await session.node.subscribe(subscription, since, newest=cached)
-        if not subscription.closed:
-            await session.node.members.enter(subscription)
+        page = await session.node.subscribe(subscription, recovery)
+        await session.node.members.enter(subscription)
+        if subscription.closed:
+            raise Unsubscribed
         result = _result(session, subscription, request, since, page)
     except BaseException:
         session.drop(subscription)
@@ -363,16 +381,23 @@ async def subscribe_by_order(session: Session, order: orders.SubscribeOrder) -> 
     options = SubscribeOptions(order.info, order.data, Override(**order.override))
     try:
         subscription, result, top = await join(
-            session, order.channel, namespace, request, options, expire_at=order.expire_at, server_side=True
+            session,
+            order.channel,
+            namespace,
+            request,
+            options,
+            asked_at=session.node.clock(),
+            expire_at=order.expire_at,
+            server_side=True,
         )
+    except Unsubscribed:
+        return
     except (Unavailable, protocol.Inexpressible) as error:
         event("command.refused", client=session.client, method="subscribe", code=INTERNAL.code, why=str(error))
         return
     except Refused as refused:
         code = refused.refusal.code
         event("command.refused", client=session.client, method="subscribe", code=code, why=refused.why)
-        return
-    if subscription.closed:
         return
     postpone(subscription, result)  # The push has no room for publications.
     session.push(

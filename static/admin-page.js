@@ -27,6 +27,11 @@ export function clock(ms) {
   return new Date(ms).toLocaleTimeString(undefined, { hour12: false });
 }
 
+/** A day and a time, as short as people write them. */
+export function moment(ms) {
+  return new Date(ms).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+}
+
 /** What somebody published, in one piece: JSON as it is, or "…" behind its first part. */
 export function brief(data, most = 2_000) {
   const text = typeof data === 'string' ? data : JSON.stringify(data);

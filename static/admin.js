@@ -71,7 +71,6 @@ async function refresh() {
   if (!api.inside) return;
   try {
     const state = await api.get('state');
-    usersView.offer(state.methods);
     graphs.show(state);
     const ready = !Object.keys(state.troubles).length;
     at('state').dataset.kind = ready ? 'live' : 'ended';

@@ -9,6 +9,7 @@ to and keeps what comes; it is no SDK.
 import asyncio
 import base64
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import tornado.httpserver
 import tornado.netutil
 import websockets
 from centrifuge.protocol import client_pb2
@@ -28,7 +28,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from ports import free_port
 
 import run
-from handlers import make_app, make_sockets
+from handlers import make_app, make_internal_app, make_sockets
 from handlers.socket import Sockets
 from server import protobuf
 from server.blocks import Blocks
@@ -38,7 +38,6 @@ from server.broker.memory import MemoryBroker
 from server.configuration import load
 from server.history import History
 from server.history.memory import MemoryHistory
-from server.leaving import Leaving
 from server.node import Node
 from server.presence import Presence
 from server.presence.memory import MemoryPresence
@@ -75,6 +74,7 @@ def config(**sections: Any) -> dict[str, Any]:
             "command_rate_limit": 0,
             "publish_rate_limit": 0,
             "connection_rate_limit": 0,
+            "recovery_rate_limit": 0,
         },
         "channel": {
             "namespaces": [
@@ -82,6 +82,7 @@ def config(**sections: Any) -> dict[str, Any]:
                 {"name": "live", **OPEN, "presence": True, "join_leave": True},
             ]
         },
+        "rest": {"read_rate_limit": 0},
         "http_api": {"key": "api-key"},
         "sqlite": {"path": ":memory:"},
         "shutdown": {"grace": "0s", "pace": 0},
@@ -109,14 +110,19 @@ def token(claims: Mapping[str, Any], secret: str = SECRET) -> str:
 
 # --- a server inside this process ----------------------------------------------
 class Clock:
-    """The time of a server under test: the real one, moved by ``ahead_s``."""
+    """The time of a server under test: the real one, or that of ``stop``, moved by ``ahead_s``."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
+        self._stopped_at: float | None = None
+
+    def stop(self) -> None:
+        """From now on only ``ahead_s`` moves it: for tests that count what a rate allows, on however busy a machine."""
+        self._stopped_at = time.time()
 
     def __call__(self) -> float:
         """Unix seconds."""
-        return time.time() + self.ahead_s
+        return (time.time() if self._stopped_at is None else self._stopped_at) + self.ahead_s
 
 
 class Site:
@@ -166,17 +172,18 @@ async def serving(
     gate = run.make_gate(chosen)
     await node.open(patiently=patiently)
     sockets = make_sockets(node, gate)
-    server = tornado.httpserver.HTTPServer(make_app(node, sockets))
+    servers = [run.make_server(make_app(node, sockets), None)]
     listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
-    server.add_sockets(listening)
+    servers[0].add_sockets(listening)
+    if chosen.http_server.internal_port:
+        servers.append(run.make_server(make_internal_app(node, sockets), None))
+        servers[1].add_sockets(run.bind_internal(chosen.http_server))
     try:
         yield Site(node, gate, sockets, clock, listening[0].getsockname()[1])
     finally:
-        leaving = Leaving(node, chosen.shutdown, stop_listening=server.stop, goodbyes=lambda: run.goodbyes(sockets))
-        await leaving.leave(graceful=False)
-        await gate.keys.close()
-        await node.close()
-        await server.close_all_connections()
+        await run.make_leaving(node, sockets, servers).leave(graceful=False)
+        sockets.check_stalled(math.inf)  # what a program's end would close with it
+        await run.close(node, gate, servers)
 
 
 # --- a server beside this process -----------------------------------------------

@@ -2,17 +2,17 @@
 
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 from conftest import ExpectedLog
 from playwright.async_api import Browser, Page, expect
 from support import KEPT, OPEN, ROOT, Client, Process, Site, config, serving, settings, token
 
-from server.backend import DONE, METHODS, Backend, Targeted
+from server.blocks import Block, Record, adding
 
 PATIENCE_MS = 15_000
 AXE = ROOT / "tests" / "sdk" / "node_modules" / "axe-core" / "axe.min.js"
@@ -20,7 +20,8 @@ VIOLATIONS = "() => axe.run().then(({ violations }) => violations.map(({ id, nod
 EXPECTED = re.compile(r"^Failed to load resource: (the server responded with a status of 40[13]|net::ERR_)")
 SIZES = [(360, 740), (1280, 800)]
 SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
-VIEWS = ["overview", "channels", "channel/chat%3Alobby", "users", "settings"]
+USER = "a" * 80
+VIEWS = ["overview", "channels", "channel/chat%3Alobby", "users", f"user/{USER}", "settings"]
 ADMIN = {"enabled": True, "password": "open sesame"}
 
 
@@ -139,10 +140,10 @@ async def test_overview_is_live(browser: Browser) -> None:
 async def test_what_is_in_trouble_is_said(browser: Browser) -> None:
     """A part that cannot be used stands at the top of the page, with the reason, and goes when it is well again."""
     async with console(browser) as (site, page):
-        site.node.troubles["history"] = "the disk is full"
+        site.node.parts.troubles["history"] = "the disk is full"
         await shown(page, "#state", "Not ready")
         await expect(page.locator("#troubles")).to_contain_text("the disk is full")
-        site.node.troubles.clear()
+        site.node.parts.troubles.clear()
         await shown(page, "#state", "All is well")
         await expect(page.locator("#troubles")).to_be_hidden()
 
@@ -261,50 +262,146 @@ async def test_publish_and_disconnect(browser: Browser) -> None:
         await shown(page, "#here", "Who is here: 0, 0 users")
 
 
-async def test_a_user(browser: Browser) -> None:
-    """All connections of a user end after a question; what the API does not offer has no button."""
+async def test_the_connections_of_a_user(browser: Browser) -> None:
+    """Each is shown with what it is and where; one of them ends after a question, then all, and others stay."""
     async with console(browser) as (site, page):
-        tabs = [await Client.connected(site.url, token=token({"sub": "ann/b"})) for _ in range(2)]
+        who = token({"sub": "ann/b"})
+        one = await Client.connected(site.url, token=who, name="<b>app</b>", version="1.2")
+        await one.ask("subscribe", channel="chat:a/b")
+        site.clock.ahead_s += 2
+        others = [await Client.connected(site.url, token=who, format="protobuf") for _ in range(2)]
+        ben = await Client.connected(site.url, token=token({"sub": "ben"}))
         await go(page, "users")
         await page.fill("#user", "ann/b")
         await page.press("#user", "Enter")
         await shown(page, "#user-title", "ann/b")
-        offered = {"disconnect": "Disconnect", "unsubscribe": "Unsubscribe from all"}
-        offered |= {"block_user": "Block", "unblock_user": "Unblock"}
-        titles = [title for method, title in offered.items() if method in METHODS]
-        await expect(page.locator("#deeds button")).to_have_text(titles, timeout=PATIENCE_MS)
-        await page.click("#deeds >> text=Disconnect")
+        await shown(page, "#connections-title", "Connections: 3")
+        cards = page.locator("#connections li")
+        await expect(cards).to_have_count(3)
+        await expect(cards.last).to_contain_text("websocket json · <b>app</b> 1.2")
+        await expect(cards.last).to_contain_text("from 127.0.0.1 · at test")
+        await expect(cards.last).to_contain_text("in chat:a/b")
+        await expect(cards.last).to_contain_text(one.hello["client"])
+        await expect(cards.first).to_contain_text("websocket protobuf")
+        await expect(cards.first).to_contain_text("in no channel")
+        await cards.last.get_by_role("button").click()
+        await page.click("#sure button[value=no]")
+        await cards.last.get_by_role("button").click()
+        await expect(page.locator("#question")).to_have_text(f"Disconnect ann/b ({one.hello['client']})?")
         await page.click("#sure button[value=yes]")
-        for tab in tabs:
-            assert (await tab.closed())[0] == 3503
-        await shown(page, "#done", "Done: disconnect ann/b.")
+        assert (await one.closed())[0] == 3503
+        await shown(page, "#connections-title", "Connections: 2")
+        await shown(page, "#done", "Disconnected.")
+        assert [other.close_code for other in others] == [None, None]
+        await page.click("#end-all")
+        await page.click("#sure button[value=yes]")
+        for other in others:
+            assert (await other.closed())[0] == 3503
+        await shown(page, "#connections-title", "Connections: 0")
+        await expect(page.locator("#end-all")).to_be_disabled()
+        back = await Client.connected(site.url, token=who)
+        await back.ask("subscribe", channel="live:room")
+        await page.click("#again")
+        await shown(page, "#connections-title", "Connections: 1")
+        await page.click("#end-subscriptions")
+        await page.click("#sure button[value=yes]")
+        assert (await back.push("unsubscribe", "live:room"))["code"] == 2000
+        await expect(cards).to_contain_text("in no channel", timeout=PATIENCE_MS)
+        assert ben.close_code is None
+        for client in (back, ben):
+            await client.close()
 
 
-async def test_methods_that_come_later(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the API tells connections and blocks users, the console shows them without another change."""
-    blocked = []
+async def test_the_channels_of_a_connection(browser: Browser) -> None:
+    """Some of many channels are named, and lead to the channel; the rest are counted."""
+    async with console(browser) as (site, page):
+        client = await Client.connected(site.url, token=token({"sub": "ann"}))
+        for number in range(15):
+            await client.ask("subscribe", channel=f"live:{number}")
+        await go(page, "user/ann")
+        await expect(page.locator("#connections a")).to_have_count(12, timeout=PATIENCE_MS)
+        await expect(page.locator("#connections li")).to_contain_text("live:11 and 3 more")
+        await page.click("#connections a >> nth=4")
+        await shown(page, "#channel-title", "live:4")
+        await client.close()
 
-    async def connections(backend: Backend, request: Targeted) -> bytes:
-        return b'{"connections":{"some-client":{"transport":"websocket"}}}'
 
-    async def block(backend: Backend, request: Targeted) -> bytes:
-        blocked.append(request.user)
-        return DONE
-
-    if "connections" not in METHODS:
-        monkeypatch.setitem(METHODS, "connections", (Targeted, connections))
-    if "block_user" not in METHODS:
-        monkeypatch.setitem(METHODS, "block_user", (Targeted, block))
+async def test_block_and_unblock(browser: Browser) -> None:
+    """Who is blocked goes at once and is listed; a mute in a channel has its term; each is lifted by itself."""
     async with console(browser) as (site, page):
         ann = await Client.connected(site.url, token=token({"sub": "ann"}))
+        await go(page, "users")
+        await shown(page, "#blocked-nay", "Nobody.")
         await go(page, "user/ann")
-        await expect(page.locator("#connections li")).to_have_count(1, timeout=PATIENCE_MS)
-        await expect(page.locator("#connections li")).to_contain_text("websocket")
-        await page.click("#deeds button:has-text('Block')")
+        await shown(page, "#connections-title", "Connections: 1")
+        await expect(page.locator("#blocks")).to_have_text("None.")
+        await page.fill("#where", "chat:lobby")
+        await page.check("#mute")
+        await page.select_option("#term", "86400")
+        await page.fill("#reason", "<i>shouts</i>")
+        await page.click("#block button")
+        await shown(page, "#question", "Keep ann from publishing in chat:lobby, for a day?")
         await page.click("#sure button[value=yes]")
-        await shown(page, "#done", "Done: block_user ann.")
-        assert blocked in ([], ["ann"])
-        await ann.close()
+        held = page.locator("#blocks .held")
+        await expect(held).to_have_count(1, timeout=PATIENCE_MS)
+        await expect(held).to_contain_text("Muted in chat:lobby until")
+        await expect(held).to_contain_text("<i>shouts</i>")
+        (block,) = site.node.blocking.held("ann")
+        assert (block.channel, block.muted, block.reason) == ("chat:lobby", True, "<i>shouts</i>")
+        assert 86_000 < block.expire_at - time.time() <= 86_400
+        await expect(page.locator("#where")).to_have_value("")
+        await expect(page.locator("#mute")).not_to_be_checked()
+        assert ann.close_code is None, "a mute ends no connection"
+        await page.click("#block button")
+        await shown(page, "#question", "Keep ann out, for ever? All their connections end now.")
+        await page.click("#sure button[value=yes]")
+        assert (await ann.closed())[0] == 3503
+        await expect(held).to_have_count(2, timeout=PATIENCE_MS)
+        await shown(page, "#connections-title", "Connections: 0")
+        await shown(page, "#done", "Blocked.")
+        await go(page, "users")
+        await expect(page.locator("#blocked li")).to_have_count(1, timeout=PATIENCE_MS)
+        await expect(page.locator("#blocked li")).to_contain_text("Blocked everywhere")
+        await page.click("#blocked a")
+        await page.get_by_role("button", name="Unblock everywhere").click()
+        await shown(page, "#question", "Let ann in again?")
+        await page.click("#sure button[value=yes]")
+        await expect(held).to_have_count(1, timeout=PATIENCE_MS)
+        assert [block.channel for block in site.node.blocking.held("ann")] == ["chat:lobby"]
+        await (await Client.connected(site.url, token=token({"sub": "ann"}))).close()
+        await page.get_by_role("button", name="Unblock from publishing in chat:lobby").click()
+        await page.click("#sure button[value=yes]")
+        await expect(page.locator("#blocks")).to_have_text("None.", timeout=PATIENCE_MS)
+        assert site.node.blocking.users == {}
+
+
+async def test_what_cannot_be_done_to_a_user_is_said(browser: Browser) -> None:
+    """A block of an unknown channel is refused in the server's words, and the form keeps what was written."""
+    async with console(browser) as (site, page):
+        await go(page, "user/ann")
+        await shown(page, "#connections-title", "Connections: 0")
+        await page.fill("#where", "nowhere:1")
+        await page.click("#block button")
+        await page.click("#sure button[value=yes]")
+        await shown(page, "#done", "Not done: unknown channel")
+        await expect(page.locator("#where")).to_have_value("nowhere:1")
+        await go(page, "user/ben")
+        await expect(page.locator("#where")).to_have_value("")
+        assert site.node.blocking.users == {}
+
+
+async def test_many_blocked_users_come_in_pages(browser: Browser) -> None:
+    """A hundred users are listed, and the next ones when they are asked for."""
+    async with console(browser) as (site, page):
+        for number in range(105):
+            site.node.blocking.take(Record(f"user {number:03}", number + 1, (Block(),)))
+        await go(page, "users")
+        users = page.locator("#blocked li")
+        await expect(users).to_have_count(100, timeout=PATIENCE_MS)
+        await page.click("#more-blocked")
+        await expect(users).to_have_count(105, timeout=PATIENCE_MS)
+        await expect(users.last).to_contain_text("user 104")
+        await expect(page.locator("#more-blocked")).to_be_hidden()
 
 
 async def test_settings_in_force(browser: Browser) -> None:
@@ -340,7 +437,8 @@ async def test_accessible_and_nothing_sticks_out(browser: Browser) -> None:
     """axe finds nothing in any view, in light and dark, and no size needs sideways scrolling."""
     spaces = [{"name": "chat", **KEPT, "presence": True}]
     async with serving(settings(admin=ADMIN, channel={"namespaces": spaces})) as site:
-        clients = [await Client.connected(site.url, token=token({"sub": "a" * 80})) for _ in range(2)]
+        clients = [await Client.connected(site.url, token=token({"sub": USER}), name="app" * 20) for _ in range(2)]
+        await site.node.block(USER, adding(Block("chat:" + "b" * 80, reason="long" * 60)))
         for client in clients:
             await client.ask("subscribe", channel="chat:lobby")
         await clients[0].ask("publish", channel="chat:lobby", data={"text": "long" * 500})
@@ -356,6 +454,9 @@ async def test_accessible_and_nothing_sticks_out(browser: Browser) -> None:
                         else:
                             await go(page, view)
                             await expect(page.locator(f"#{view.split('/')[0]}")).to_be_visible(timeout=PATIENCE_MS)
+                        if view.startswith("user/"):
+                            await expect(page.locator("#connections li")).to_have_count(2, timeout=PATIENCE_MS)
+                            await expect(page.locator("#blocks .held")).to_have_count(1, timeout=PATIENCE_MS)
                         assert json.dumps(await page.evaluate(VIOLATIONS)) == "[]", (width, scheme, view)
                         assert await page.evaluate("document.documentElement.scrollWidth") <= width, (scheme, view)
                         if view == "login":

@@ -56,9 +56,27 @@ def test_who_keeps_to_the_rate_is_never_refused(per_second: int, seconds: int) -
     assert len(passed(Bucket(Rate.of(per_second, 1)), times)) == count
 
 
+@given(rates, rates, pauses, st.integers(0, 50))
+def test_who_waits_as_told_finds_a_token(per_second: int, burst: int, pauses: list[float], ahead: int) -> None:
+    """There is a token after what ``wait_s`` says and not before, also once others who were there first had theirs."""
+    bucket = Bucket(Rate.of(per_second, burst))
+    now = NOON
+    for now in times_of(pauses):
+        bucket.take(now)
+    wait_s = bucket.wait_s(now, ahead)
+    had = passed(bucket, [now] * (ahead + 1))
+    assert (len(had) == ahead + 1) == (wait_s == 0.0)
+    for _ in range(ahead + 1 - len(had)):
+        now += bucket.wait_s(now)
+        assert not bucket.take(now - 0.1 / per_second)
+        assert bucket.take(now)
+    assert now - NOON - sum(pauses) <= wait_s + (ahead + 1) / 500 / per_second + 1e-5
+
+
 def test_without_a_limit() -> None:
     """A rate of 0 is none: as much as anybody likes, and nothing is remembered."""
     assert len(passed(Bucket(Rate.of(0)), [NOON] * 10_000)) == 10_000
+    assert Bucket(Rate.of(0)).wait_s(NOON, ahead=10_000) == 0.0
     quotas = Quotas(0, lambda key, count: pytest.fail("expected no word"))
     assert all(quotas.take(ANN, NOON) for _ in range(10_000))
     quotas.heard(ANN, 10**9, NOON)

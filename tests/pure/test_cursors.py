@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from server import cursors, protocol
 from server.errors import Disconnect
-from server.following import CODEC, KEEP_ALIVE, WIRE, EventOutbox, Reader, parts
 from server.outbox import Outbox, Wire
 from server.protocol import MAX_OFFSET
+from server.readers import CODEC, KEEP_ALIVE, WIRE, EventOutbox, Reader, parts
 from server.stream import Position, Publication
 
 EPOCHS = st.text("abcXYZ019_-", max_size=8)
@@ -83,6 +83,7 @@ class PlainWire(Wire):
     """A stream that remembers what it is given."""
 
     format = "json"
+    codec = protocol.JSON
 
     def frame(self, message: bytes) -> bytes:
         """See ``Wire.frame``."""

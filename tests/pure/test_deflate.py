@@ -23,6 +23,36 @@ def compressed(message: bytes, *, window_bits: int = 15, final: bool = False) ->
     return data + compressor.flush() + b"\x00" if final else (data + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
+@given(st.binary(max_size=300) | st.randoms().map(lambda random: random.randbytes(random.randrange(5, 300))))
+def test_a_message_that_was_cut_is_none(message: bytes) -> None:
+    """What ends inside a block is no shorter message (RFC 7692 7.2.2); where only filling is missing, it is whole.
+
+    One octet of 0 is an empty message, whatever it was cut from (7.2.3.6).
+    """
+    payload = compressed(message)
+    assert inflate(payload, LIMIT) == message
+    for at in range(len(payload)):
+        part = payload[:at]
+        try:
+            assert inflate(part, LIMIT) == (b"" if part == b"\x00" else message), f"cut behind octet {at}"
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize("window_bits", [9, 15])
+def test_what_comes_behind_a_final_block(window_bits: int) -> None:
+    """Behind one that says it is the last there is an octet of zero, as RFC 7692 7.2.3.4 has it, or nothing."""
+    message = json.dumps(list(range(200))).encode()
+    payload = compressed(message, window_bits=window_bits, final=True)
+    assert inflate(payload, LIMIT) == inflate(payload[:-1], LIMIT) == message
+    for more in (b"\x01", b"\x00\x00", payload, b"\x03\x00" * 1_000):
+        with pytest.raises(ValueError, match="behind"):
+            inflate(payload + more, LIMIT)
+    for at in range(len(payload) - 1):
+        with pytest.raises(ValueError):
+            inflate(payload[:at], LIMIT)
+
+
 def client_frame(first: int, payload: bytes) -> bytes:
     """A frame of a client below 64 KB; ``first`` is its first byte."""
     size = len(payload)

@@ -18,6 +18,7 @@ from cent import (
     CentTransportError,
     CentUnauthorizedError,
     ChannelsRequest,
+    ConnectionsRequest,
     Disconnect,
     DisconnectRequest,
     HistoryRemoveRequest,
@@ -205,6 +206,23 @@ async def test_info() -> None:
             await client.close()
 
 
+async def test_connections() -> None:
+    """The connections of a user are listed with transport, app and channels (PROTOCOL 15.2.20)."""
+    async with serving_api() as (site, api):
+        one = await Client.connected(site.url, token=signed(site, sub="42"), name="phone", version="7")
+        other = await Client.connected(site.url, token=signed(site, sub="43"))
+        await one.ask("subscribe", channel="chat:1")
+        found = (await api.connections(ConnectionsRequest(user="42", expression=""))).connections
+        assert list(found) == [one.hello["client"]]
+        about = found[one.hello["client"]]
+        assert (about.user, about.transport, about.protocol) == ("42", "websocket", "json")
+        assert (about.app_name, about.app_version) == ("phone", "7")
+        assert about.state is not None
+        assert list(about.state.channels or {}) == ["chat:1"]
+        for client in (one, other):
+            await client.close()
+
+
 async def test_subscribe_and_unsubscribe() -> None:
     """Only the user's connections are subscribed and unsubscribed, and of them only the client that is named."""
     async with serving_api() as (site, api):
@@ -356,7 +374,7 @@ async def test_unknown_method() -> None:
     """A method of the paid edition is an unknown path, which the SDK reports as such."""
     async with serving_api() as (_, api):
         with pytest.raises(CentTransportError) as caught:
-            await api.connections(cent.ConnectionsRequest(user="42", expression=""))
+            await api.get_user_status(cent.GetUserStatusRequest(users=["42"]))
         assert caught.value.status_code == 404
 
 

@@ -9,7 +9,6 @@ from conftest import ExpectedLog
 from support import SECRET, Client, Site, serving, settings, token
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
-from server.backend import METHODS
 from server.passes import AUDIENCE, Passes, link, with_secret
 from server.sampling import A_SECOND, SAMPLES
 from server.settings import AdminSettings, Settings
@@ -184,7 +183,7 @@ def test_the_link_that_is_printed() -> None:
 
 # --- what it is told ----------------------------------------------------------------------------
 async def test_state_of_the_process() -> None:
-    """The console gets what it draws: this process, all processes, the numbers, what is in trouble, the methods."""
+    """The console gets what it draws: this process, all processes, the numbers, what is in trouble."""
     async with serving(settings(**OPEN_SESAME)) as site:
         inside = await _inside(site)
         client = await Client.connected(site.url)
@@ -196,7 +195,6 @@ async def test_state_of_the_process() -> None:
         assert state["numbers"]["publications"] == {"kept": 0, "passing": 1}
         assert state["numbers"]["deliveries"] == 1
         assert state["numbers"]["loop_lag_seconds"] == [0, 0], "as many values, and their sum"
-        assert set(state["methods"]) == set(METHODS)
         await client.close()
 
 

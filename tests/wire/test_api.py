@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 from conftest import ExpectedLog
+from hopper import ask, events
 from streams import uni_sse
 from support import KEPT, OPEN, Client, Site, serving, settings, token
+from test_rest import Following, bearer, path
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+
+from server import ordering
 
 SPACES = [
     {"name": "chat", **KEPT, "presence": True},
@@ -81,6 +85,102 @@ async def test_bodies_that_are_no_calls() -> None:
         assert (await _post(site, "api/nonsense", b"{}", **key)).code == 404
         response = await _post(site, "nowhere", b"{}")
         assert (response.code, json.loads(response.body)["error"]["code"]) == (404, 404)
+
+
+async def test_the_connections_of_a_user() -> None:
+    """PROTOCOL 15.2.20: each with what it is, on every transport, and nobody else's; ``client`` leaves one of them."""
+    async with serving(settings(uni_sse={"enabled": True})) as site:
+        who, came = token({"sub": "ann"}), int(site.clock())
+        one = await Client.connected(site.url, token=who, name="chat-app", version="1.2" * 100)
+        for channel in ("chat:a", "live:b"):
+            await one.ask("subscribe", channel=channel)
+        two = await Client.connected(site.url, format="protobuf", token=who)
+        ben = await Client.connected(site.url, token=token({"sub": "ben"}))
+        async with (
+            uni_sse(site.port, {"token": who, "name": "sse-app"}) as stream,
+            events(site.port, f"/v1/events?channel=chat:a&token={who}") as listening,
+        ):
+            hello = await stream.expect("connect")
+            assert listening.status == 200
+            found = (await _call(site, "connections", user="ann"))["result"]
+            assert found["num_connections"] == len(found["connections"]) == 4
+            about = found["connections"][one.hello["client"]]
+            assert came - 1 <= about.pop("connected_at") <= came + 60
+            assert about == {
+                "app_name": "chat-app",
+                "app_version": ("1.2" * 100)[:64],
+                "transport": "websocket",
+                "protocol": "json",
+                "user": "ann",
+                "state": {"channels": {"chat:a": {}, "live:b": {}}},
+                "num_channels": 2,
+                "address": "127.0.0.1",
+                "node": "test",
+            }
+            assert found["connections"][two.hello["client"]]["protocol"] == "protobuf"
+            assert found["connections"][hello["client"]]["app_name"] == "sse-app"
+            kinds = sorted(about["transport"] for about in found["connections"].values())
+            assert kinds == ["events", "uni_sse", "websocket", "websocket"]
+            narrowed = (await _call(site, "connections", user="ann", client=two.hello["client"]))["result"]
+            assert list(narrowed["connections"]) == [two.hello["client"]]
+            narrowed = (await _call(site, "connections", user="ann", session=hello["session"]))["result"]
+            assert list(narrowed["connections"]) == [hello["client"]]
+        await two.close()
+        await ben.close()
+        async with asyncio.timeout(10):
+            while (found := (await _call(site, "connections", user="ann"))["result"])["num_connections"] > 1:
+                pass
+        assert list(found["connections"]) == [one.hello["client"]]
+        assert (await _call(site, "connections", user="ben"))["result"] == {"connections": {}, "num_connections": 0}
+        await one.close()
+
+
+async def test_a_poll_is_a_connection_while_it_waits() -> None:
+    """PROTOCOL 15.2.20, 17.2: who waits by REST is listed as ``rest``, with the channel, and is gone when answered."""
+    async with serving() as site:
+        await _call(site, "publish", channel="chat:a", data=1)
+        epoch = (await _call(site, "history", channel="chat:a"))["result"]["epoch"]
+        following = Following(site.node.hub)
+        waiting = asyncio.create_task(
+            ask(site.port, path("chat:a", f"since={epoch}:1"), headers=bearer(sub="ann") | {"Prefer": "wait=60"})
+        )
+        await following.until(1, "chat:a")
+        (about,) = (await _call(site, "connections", user="ann"))["result"]["connections"].values()
+        assert (about["transport"], about["protocol"], about["num_channels"]) == ("rest", "json", 1)
+        assert about["state"] == {"channels": {"chat:a": {}}}
+        await _call(site, "publish", channel="chat:a", data=2)
+        assert (await waiting).status == 200
+        assert (await _call(site, "connections", user="ann"))["result"]["connections"] == {}
+
+
+async def test_connections_without_a_user_are_not_listed() -> None:
+    """PROTOCOL 15.2.20: without user it is 107, since the anonymous ones may be a million; an expression is as well."""
+    async with serving() as site:
+        client = await Client.connected(site.url)
+        assert await _code(site, "connections") == 107
+        assert await _code(site, "connections", user="") == 107
+        assert await _code(site, "connections", client=client.hello["client"]) == 107
+        assert await _code(site, "connections", user="ann", expression="true") == 107
+        assert (await _call(site, "connections", user="ann", expression=""))["result"]["connections"] == {}
+        await client.close()
+
+
+async def test_many_connections_are_told_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PROTOCOL 15.2.20: of many connections and channels some are listed, and how many there are is true."""
+    monkeypatch.setattr(ordering, "CONNECTIONS", 3)
+    monkeypatch.setattr(ordering, "CHANNELS_IN_ALL", 150)
+    async with serving(settings(client={"command_rate_limit": 0})) as site:
+        clients = [await Client.connected(site.url, token=token({"sub": "ann"})) for _ in range(4)]
+        for client in clients[:2]:
+            for number in range(105):
+                await client.ask("subscribe", channel=f"live:{number}")
+        found = (await _call(site, "connections", user="ann"))["result"]
+        assert (found["num_connections"], len(found["connections"])) == (4, 3)
+        told = [found["connections"][client.hello["client"]] for client in clients[:3]]
+        assert [about["num_channels"] for about in told] == [105, 105, 0]
+        assert [len(about["state"]["channels"]) for about in told] == [100, 50, 0]
+        for client in clients:
+            await client.close()
 
 
 async def test_what_is_not_offered_is_refused() -> None:

@@ -1,7 +1,16 @@
 """PROTOCOL 15.2 over two processes: what one is told, the clients of the other see."""
 
+import asyncio
+
+import msgspec
 from support import Client, token
-from test_away import call, two
+from test_away import call, one, two
+
+from server import orders
+from server.broker.memory import Bus, MemoryBroker
+from server.history.memory import Log
+from server.peers import Peers
+from server.presence.memory import Board
 
 
 async def test_channels_of_all_processes() -> None:
@@ -24,6 +33,60 @@ async def test_channels_of_all_processes() -> None:
             }
         for client in (first, second):
             await client.close()
+
+
+async def test_connections_of_all_processes() -> None:
+    """A user's connections are those of every process, and each process is told of them whole."""
+    async with two() as (here, there):
+        first = await Client.connected(here.url, token=token({"sub": "ann"}))
+        second = await Client.connected(there.url, token=token({"sub": "ann"}), name="phone")
+        other = await Client.connected(there.url, token=token({"sub": "ben"}))
+        await second.ask("subscribe", channel="chat:1")
+        mine = {first.hello["client"], second.hello["client"]}
+        for site in (here, there):
+            found = (await call(site, "connections", user="ann"))["result"]
+            assert (set(found["connections"]), found["num_connections"]) == (mine, 2)
+            about = found["connections"][second.hello["client"]]
+            assert (about["app_name"], about["state"]) == ("phone", {"channels": {"chat:1": {}}})
+            narrowed = (await call(site, "connections", user="ann", client=second.hello["client"]))["result"]
+            assert narrowed == {"connections": {second.hello["client"]: about}, "num_connections": 1}
+        for client in (first, second, other):
+            await client.close()
+
+
+async def test_connections_when_a_process_does_not_answer() -> None:
+    """Half of the truth is none: while another process is alive and silent it is error 100."""
+    async with two() as (here, there):
+        there.broker.leave()
+        assert (await call(here, "connections", user="ann"))["error"]["code"] == 100
+
+
+async def test_connections_when_a_process_answers_otherwise() -> None:
+    """What another process answers that cannot be read, or nothing after a fault of its own, is error 100."""
+    bus, loop = Bus(), asyncio.get_running_loop()
+    async with one(bus, Log(), Board()) as here:
+        broker = MemoryBroker(bus)
+        await broker.open("old")
+        whole = orders.Connections(1, [orders.Connection("c", "ann", "websocket", "json", "::1", 1)])
+        answers = [msgspec.msgpack.encode(answer) for answer in (["c"], whole)] + [b""]
+        old = Peers(
+            broker,
+            "old",
+            carry_out=lambda body, asked_at: answers.pop(0),
+            clock=loop.time,
+            later=loop.call_later,
+            lease_s=10,
+        )
+        broker.on_note = old.heard
+        old.tick(b"")
+        await here.node.tasks.idle()
+        assert (await call(here, "connections", user="ann"))["error"]["code"] == 100
+        found = (await call(here, "connections", user="ann"))["result"]
+        assert (found["num_connections"], found["connections"]["c"]["node"]) == (1, "old")
+        assert (await call(here, "connections", user="ann"))["error"]["code"] == 100
+        assert answers == []
+        old.close()
+        await broker.close()
 
 
 async def test_channels_when_a_process_does_not_answer() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import websockets
 from conftest import ExpectedLog
-from support import KEPT, OPEN, Client, Site, serving, settings
+from support import KEPT, OPEN, Client, Process, Site, serving, settings
 
 from server import protobuf
 from server.session import Session
@@ -32,7 +32,7 @@ class Neighbour:
         self.said = 0
 
     @classmethod
-    async def at(cls, site: Site) -> "Neighbour":
+    async def at(cls, site: Site | Process) -> "Neighbour":
         """Connect and subscribe."""
         clients = [await Client.connected(site.url, format=format) for format in ("json", "protobuf")]
         for client in clients:

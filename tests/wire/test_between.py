@@ -46,9 +46,9 @@ async def test_commands_that_were_refused_for_a_silent_process_are_not_carried_o
         there.node.streams["secret"] = taken.append
         there.broker.leave()
         with pytest.raises(Unavailable):
-            await here.node.ask(orders.Emulated("secret", b"publish"), to=there.node.id)
+            await here.node.ordering.ask(orders.Emulated("secret", b"publish"), to=there.node.id)
         await there.broker.come_back()
-        await here.node.ask(orders.Emulated("secret", b"publish again"), to=there.node.id)
+        await here.node.ordering.ask(orders.Emulated("secret", b"publish again"), to=there.node.id)
         assert taken == [b"publish again"]
         assert here.node.peers._questions == {}
 
@@ -110,7 +110,7 @@ async def test_a_return_during_a_check_is_checked_after_it() -> None:
         await hearer.ask("subscribe", channel="chat:1")
         broker.leave()
         history.held.clear()
-        there.node.check_all()
+        there.node.positioning.check_all()
         await history.asked.wait()
         await speaker.ask("publish", channel="chat:1", data="after the tops were read")
         await broker.come_back()
@@ -316,7 +316,7 @@ async def test_a_fault_while_opening_again_is_not_the_last_try(log: ExpectedLog)
     async with serving(history=history, patiently=True) as site:
         history.trouble, history.faults = "", 1
         while (await ready(site))[0] != 200:
-            assert site.node.troubles, "it is not ready, and says why"
+            assert site.node.parts.troubles, "it is not ready, and says why"
             await site.node.tasks.idle()
         assert len(log.seen("task.failed")) == 1
 

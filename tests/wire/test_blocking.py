@@ -424,7 +424,7 @@ async def test_late_and_repeated_words_change_nothing() -> None:
         await block(here, user="ann")
         (old,) = await there.node.blocks.records()
         await unblock(here, user="ann")
-        await there.node.ask(orders.Blocked(old), to=here.node.id)
+        await there.node.ordering.ask(orders.Blocked(old), to=here.node.id)
         there.node.blocking.take(old)
         assert there.node.blocking.users == {} == here.node.blocking.users
         await Client.connected(there.url, token=ann())

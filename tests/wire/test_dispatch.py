@@ -137,6 +137,19 @@ async def test_after_a_refused_connect_nothing_is_carried_out(format: str) -> No
         assert (await watcher.push("pub"))["data"] == "mine"
 
 
+async def test_after_a_connect_that_is_refused_at_once_nothing_is_carried_out() -> None:
+    """The same for a connect that nothing had to be awaited for: the rest of its frame is dropped."""
+    personal = {"enabled": True, "personal_channel_namespace": "live"}
+    spaces = settings(client={"user_id_http_header": "X-User", "subscribe_to_user_personal_channel": personal})
+    async with serving(spaces) as site:
+        client = await Client.open(site.url, additional_headers={"X-User": "u" * 300})
+        await client.send({"id": 1, "connect": {}}, {"id": 2, "publish": {"channel": "live:1", "data": "too early"}})
+        assert (await client.reply(1))["error"]["code"] == 107
+        await client.send({"id": 3, "publish": {"channel": "live:1", "data": "too late"}})
+        assert (await client.closed())[0] == 3501
+        assert client.ids == [1]
+
+
 @pytest.mark.parametrize("rejected", [False, True])
 async def test_who_never_connects_is_stale(rejected: bool) -> None:
     """No connect, or none that succeeded, within ``client.stale_close_delay`` is 3502."""

@@ -107,7 +107,7 @@ async def test_posts_that_overtook_one_another() -> None:
     async with serving(settings()) as site, http_stream(site.port, CONNECT) as stream:
         hello = await stream.expect("connect")
         for number in (4, 3, 6, 2, 5):
-            site.node.hand_over(hello["session"], batch(stats(number)))
+            site.node.ordering.hand_over(hello["session"], batch(stats(number)))
         assert await ids(stream, 5) == [2, 3, 4, 5, 6]
 
 
@@ -139,8 +139,8 @@ async def test_the_first_id_is_that_of_connect() -> None:
     async with serving(settings()) as site, http_stream(site.port, {"id": 70, "connect": {}}, stats(71)) as stream:
         hello = await stream.expect("connect")
         assert await ids(stream, 1) == [71]
-        site.node.hand_over(hello["session"], batch(stats(73)))
-        site.node.hand_over(hello["session"], batch(stats(72)))
+        site.node.ordering.hand_over(hello["session"], batch(stats(73)))
+        site.node.ordering.hand_over(hello["session"], batch(stats(72)))
         assert await ids(stream, 2) == [72, 73]
 
 
@@ -153,8 +153,8 @@ async def test_a_pong_does_not_wait() -> None:
         while session.next_ping == due:
             site.pass_time(1)
         assert await stream.message() == {}
-        site.node.hand_over(hello["session"], batch(stats(3)))
-        site.node.hand_over(hello["session"], batch({}))
+        site.node.ordering.hand_over(hello["session"], batch(stats(3)))
+        site.node.ordering.hand_over(hello["session"], batch({}))
         site.pass_time(9)
         assert not session.closed
 
@@ -183,9 +183,9 @@ async def test_a_busy_session_is_waited_for(format: str) -> None:
     async with serving(settings(app={"timeout": "60s"})) as site, busy(site) as over:
         async with http_stream(site.port, CONNECT, format=format) as stream:
             hello = await stream.expect("connect")
-            site.node.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}, format=format))
+            site.node.ordering.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}, format=format))
             for number in range(502, 2, -1):
-                site.node.hand_over(hello["session"], batch(stats(number), format=format))
+                site.node.ordering.hand_over(hello["session"], batch(stats(number), format=format))
             await say(site.port, hello, stats(503), stats(504), format=format)
             over.set()
             assert await ids(stream, 503) == list(range(2, 505))
@@ -197,10 +197,10 @@ async def test_a_flood_behind_a_busy_session() -> None:
         neighbour = await Client.connected(site.url)
         async with sse(site.port, CONNECT) as stream:
             hello = await stream.expect("connect")
-            site.node.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}))
+            site.node.ordering.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}))
             number = 3
             while hello["client"] in site.node.sessions:
-                site.node.hand_over(hello["session"], batch(stats(number)))
+                site.node.ordering.hand_over(hello["session"], batch(stats(number)))
                 number += 1
                 assert number < 1_000
             await stream.ended(3013)
@@ -213,7 +213,7 @@ async def test_a_flood_behind_a_missing_id() -> None:
     async with serving(settings(client={"queue_max_size": 100_000})) as site, sse(site.port, CONNECT) as stream:
         hello = await stream.expect("connect")
         for number in range(3, 1_000):
-            site.node.hand_over(hello["session"], batch(stats(number)))
+            site.node.ordering.hand_over(hello["session"], batch(stats(number)))
         await stream.ended(3013)
         assert not site.node.streams
 

@@ -165,12 +165,12 @@ async def test_refreshed_by_the_back_end() -> None:
     """PROTOCOL 5.9, 15.2: the back end moves the expiry and a push says so, or ends the connection with 3005."""
     async with serving() as site:
         client = await _ann(site, exp=_in(site, 60))
-        site.node.order_soon(RefreshOrder(Target("ann"), False, _in(site, 300)))
+        site.node.ordering.give_soon(RefreshOrder(Target("ann"), False, _in(site, 300)))
         push = await client.push("refresh")
         assert push["expires"] is True
         assert 290 <= push["ttl"] <= 301
         await _live(site, client, 100)
-        site.node.order_soon(RefreshOrder(Target("ann"), True, 0))
+        site.node.ordering.give_soon(RefreshOrder(Target("ann"), True, 0))
         assert (await client.closed())[0] == 3005
 
 
@@ -201,7 +201,7 @@ async def test_a_server_side_subscription_expires() -> None:
     """PROTOCOL 8.4: where the server subscribed, an expired subscription ends the connection with 3006."""
     async with serving() as site:
         client = await _ann(site)
-        site.node.order_soon(SubscribeOrder(Target("ann"), "live:1", expire_at=_in(site, 60)))
+        site.node.ordering.give_soon(SubscribeOrder(Target("ann"), "live:1", expire_at=_in(site, 60)))
         await client.push("subscribe", "live:1")
         await _live(site, client, 78)
         await _live(site, client, 12)

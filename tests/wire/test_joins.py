@@ -118,7 +118,7 @@ async def test_new_info_is_shown(by: str) -> None:
         if by == "refresh":
             await ann.ask("refresh", token=token({"sub": "ann", "info": {"mood": "merry"}}))
         else:
-            site.node.order_soon(RefreshOrder(Target("ann"), False, 0, b'{"mood":"merry"}'))
+            site.node.ordering.give_soon(RefreshOrder(Target("ann"), False, 0, b'{"mood":"merry"}'))
             await ann.push("refresh")
         await ann.ask("publish", channel="live:1", data=1)
         shown = {"user": "ann", "client": ann.hello["client"], "conn_info": {"mood": "merry"}, "chan_info": "mod"}
@@ -213,7 +213,7 @@ async def test_subscribed_by_the_back_end_joins() -> None:
         watcher, ann = await _user(site.url, "bob"), await _user(site.url, "ann")
         await watcher.ask("subscribe", channel="live:1", join_leave=True)
         await watcher.push("join")
-        site.node.order_soon(SubscribeOrder(Target("ann"), "live:1", info=b'"guest"'))
+        site.node.ordering.give_soon(SubscribeOrder(Target("ann"), "live:1", info=b'"guest"'))
         assert (await watcher.push("join"))["info"]["chan_info"] == "guest"
         assert len((await watcher.ask("presence", channel="live:1"))["presence"]) == 2
         await ann.close()

@@ -51,6 +51,7 @@ def test_limits_are_on_by_default() -> None:
 async def test_commands_beyond_the_burst(format: str) -> None:
     """PROTOCOL 3.4.10: what the bucket has not is refused with 111 and not done; it fills again with time."""
     async with serving(limits(command_rate_limit=10, command_burst=20)) as site:
+        site.clock.stop()
         client = await Client.connected(site.url, format=format)
         commands = [client.command("publish", channel="chat:1", data=number) for number in range(30)]
         await client.send(*commands)
@@ -67,6 +68,7 @@ async def test_commands_beyond_the_burst(format: str) -> None:
 async def test_who_does_not_listen_to_refusals(format: str) -> None:
     """PROTOCOL 3.4.10: as many refusals as there were commands are answered, then it is 3013, for nobody else."""
     async with serving(limits(command_rate_limit=10, command_burst=20)) as site:
+        site.clock.stop()
         other = await Client.connected(site.url)
         client = await Client.connected(site.url, format=format)
         await client.send(*(client.command("presence_stats", channel="live:1") for _ in range(60)))
@@ -419,6 +421,11 @@ class TurnsCounted(MemoryBroker):
         self.turn = 0
         self.said: Counter[int] = Counter()
         self._going = False
+
+    @property
+    def alone(self) -> bool:
+        """See ``Broker.alone``; it listens itself."""
+        return False
 
     def announce(self, word: Word) -> None:
         """See ``Broker.announce``."""

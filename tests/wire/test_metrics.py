@@ -20,7 +20,10 @@ from support import ROOT, Client, Process, Site, config, serving, settings, toke
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
 from handlers.metrics import METRICS
+from server.blocks import Block, adding, lifting
+from server.blocks.memory import MemoryBlocks
 from server.broker.redis import RedisBroker
+from server.errors import Unavailable
 from server.history import History
 from server.history.mongo import MongoHistory
 from server.history.sqlite import SqliteHistory
@@ -28,6 +31,18 @@ from server.metrics import Counts, Histogram
 from server.settings import MongoSettings, RedisSettings
 
 WATCHED = {"prometheus": {"enabled": True}}
+
+
+class AwayBlocks(MemoryBlocks):
+    """A store that is away at first."""
+
+    away = True
+
+    async def open(self) -> None:
+        """See ``Blocks.open``."""
+        if self.away:
+            raise Unavailable("mongo.url: nobody answers")
+        await super().open()
 
 
 async def _get(port: int, path: str, **headers: str) -> HTTPResponse:
@@ -122,6 +137,33 @@ async def test_connections_and_what_becomes_of_them(log: ExpectedLog) -> None:
             pass
         assert found["waterspout_connections"][()] == found["waterspout_channels"][()] == 0
         assert found["waterspout_disconnects_total"][("0",)] == 1
+
+
+async def test_blocked_users() -> None:
+    """Users with a block or a mute are counted once each, wherever it is, and no more when it is lifted."""
+    async with serving(settings(**WATCHED)) as site:
+        name = "waterspout_blocked_users"
+        assert (await _numbers(site))[name][()] == 0
+        for user, channel, mute in (("ann", "", False), ("ann", "chat:1", True), ("ben", "", True)):
+            await site.node.block(user, adding(Block(channel, mute)))
+        assert (await _numbers(site))[name][()] == 2
+        await site.node.block("ann", lifting("", muted=False))
+        assert (await _numbers(site))[name][()] == 2
+        await site.node.block("ben", lifting("", muted=True))
+        assert (await _numbers(site))[name][()] == 1
+
+
+async def test_every_part_is_up_or_not(log: ExpectedLog) -> None:
+    """A part that cannot be opened is 0, the store of blocks as well as any other, and 1 when it is there."""
+    log.expect("blocks.unavailable")
+    blocks = AwayBlocks()
+    async with serving(settings(**WATCHED), blocks=blocks, patiently=True) as site:
+        up = (await _numbers(site))["waterspout_up"]
+        assert up == {("history",): 1, ("broker",): 1, ("presence",): 1, ("blocks",): 0}
+        blocks.away = False
+        async with asyncio.timeout(15):
+            await site.node.tasks.idle()
+        assert (await _numbers(site))["waterspout_up"][("blocks",)] == 1
 
 
 async def test_publications_in_and_out() -> None:

@@ -288,7 +288,7 @@ async def test_unsubscribed_by_order_while_connecting() -> None:
         command = client.command("connect", token=token({"sub": "ann", "channels": ["chat:1", "chat:2"]}))
         await client.send(command)
         await history.asked.wait()
-        site.node.order_soon(UnsubscribeOrder(Target("ann"), "chat:1"))
+        site.node.ordering.give_soon(UnsubscribeOrder(Target("ann"), "chat:1"))
         history.open_.set()
         hello = (await client.reply(command["id"]))["connect"]
         assert set(hello["subs"]) == {"chat:2"}
@@ -299,7 +299,7 @@ async def test_unsubscribed_by_order_while_connecting() -> None:
 async def _lose(site: Site, channel: str) -> None:
     """Let a channel begin a new life under its followers, as after a restore from backup."""
     await site.node.history.new_epochs()
-    site.node.check_all()
+    site.node.positioning.check_all()
 
 
 @FORMATS

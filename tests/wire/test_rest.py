@@ -404,7 +404,7 @@ async def test_a_poll_loses_its_place_when_history_does(log: ExpectedLog) -> Non
         poll = asyncio.create_task(ask(site.port, path("chat:a", f"since={epoch}:1"), headers=headers))
         await following.until(1)
         await history.new_epochs()
-        site.node.check_all()
+        site.node.positioning.check_all()
         reply = await poll
         assert (reply.status, reply.json["code"]) == (410, 112)
         assert reply.json["epoch"] != epoch

@@ -161,7 +161,7 @@ async def test_trimmed_under_a_reader(log: ExpectedLog) -> None:
         async with events(site.port, stream_of("chat:a")) as stream:
             await stream.began()
             await history.new_epochs()
-            site.node.check_all()
+            site.node.positioning.check_all()
             end = await stream.next()
             assert (end.kind, end.data["code"]) == ("disconnect", 3010)
         async with events(site.port, stream_of("chat:a"), {"Last-Event-ID": stream.last_id}) as stream:

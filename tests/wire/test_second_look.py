@@ -163,10 +163,10 @@ async def test_a_flood_without_ids_behind_a_busy_session() -> None:
     async with serving(all_transports(**sections)) as site, busy(site):
         async with http_stream(site.port, CONNECT) as stream:
             hello = await stream.expect("connect")
-            site.node.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}))
+            site.node.ordering.hand_over(hello["session"], batch({"id": 2, "rpc": {"method": "wait"}}))
             posts = 0
             while hello["client"] in site.node.sessions:
-                site.node.hand_over(hello["session"], batch({"send": {"data": "x" * 1000}}))
+                site.node.ordering.hand_over(hello["session"], batch({"send": {"data": "x" * 1000}}))
                 posts += 1
                 assert posts < 1_000
             await stream.ended(3013)

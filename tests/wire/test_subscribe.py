@@ -304,7 +304,7 @@ async def test_subscribed_by_order(format: str) -> None:
         for number in range(3):
             await ann.ask("publish", channel="chat:1", data=number)
         epoch = (await ann.ask("history", channel="chat:1"))["epoch"]
-        site.node.order_soon(_order("chat:1", since=Position(1, epoch), data=b'{"why":1}'))
+        site.node.ordering.give_soon(_order("chat:1", since=Position(1, epoch), data=b'{"why":1}'))
         push = await ann.push("subscribe", "chat:1")
         assert push == {"recoverable": True, "positioned": True, "epoch": epoch, "offset": 1, "data": {"why": 1}}
         assert [pub["offset"] for pub in await ann.publications("chat:1", 2)] == [2, 3]
@@ -316,9 +316,9 @@ async def test_ordered_twice_is_subscribed_once() -> None:
     async with serving() as site:
         ann = await _ann(site)
         for _ in range(3):
-            site.node.order_soon(_order("chat:1"))
+            site.node.ordering.give_soon(_order("chat:1"))
         assert await ann.push("subscribe", "chat:1") == {"recoverable": True, "positioned": True}
-        site.node.order_soon(_order("chat:1"))
+        site.node.ordering.give_soon(_order("chat:1"))
         await ann.ask("publish", channel="chat:1", data=1)
         assert [push for push in ann.pushes if "subscribe" in push] == []
         assert [push["pub"]["offset"] for push in ann.pushes if "pub" in push] == [1]
@@ -332,8 +332,8 @@ async def test_an_order_for_who_is_just_leaving() -> None:
     """An order that meets the end of its client subscribes nobody."""
     async with serving() as site:
         ann = await _ann(site)
-        site.node.order_soon(_order("chat:1"))
-        site.node.order_soon(orders.DisconnectOrder(Target("ann"), 3503, "force disconnect"))
+        site.node.ordering.give_soon(_order("chat:1"))
+        site.node.ordering.give_soon(orders.DisconnectOrder(Target("ann"), 3503, "force disconnect"))
         assert await ann.closed() == (3503, "force disconnect")
         neighbour = await Client.connected(site.url)
         assert (await neighbour.ask("presence", channel="chat:1"))["presence"] == {}
@@ -347,9 +347,9 @@ async def test_unsubscribed_by_order() -> None:
         for client in (ann, bob):
             for name in ("chat:1", "chat:2", "live:1"):
                 await client.ask("subscribe", channel=name)
-        site.node.order_soon(orders.UnsubscribeOrder(Target("ann"), "chat:1"))
+        site.node.ordering.give_soon(orders.UnsubscribeOrder(Target("ann"), "chat:1"))
         assert await ann.push("unsubscribe", "chat:1") == {"code": 2000, "reason": "server unsubscribe"}
-        site.node.order_soon(orders.UnsubscribeOrder(Target("ann"), ""))
+        site.node.ordering.give_soon(orders.UnsubscribeOrder(Target("ann"), ""))
         await asyncio.gather(ann.push("unsubscribe", "chat:2"), ann.push("unsubscribe", "live:1"))
         await ann.ask("publish", channel="chat:1", data=1)
         assert (await bob.push("pub", "chat:1"))["data"] == 1

@@ -134,13 +134,13 @@ async def test_pushes_are_bare(kind: str) -> None:
             assert message["channel"] == "chat:1"
             assert (message["pub"]["data"], message["pub"]["offset"]) == ({"n": 1}, 1)
             target = orders.Target("42")
-            await site.node.order(orders.SubscribeOrder(target, "live:extra"))
+            await site.node.ordering.give(orders.SubscribeOrder(target, "live:extra"))
             assert (await listener.message()) == {"channel": "live:extra", "subscribe": {}}
             await speaker.ask("publish", channel="live:extra", data=2)
             assert (await listener.expect("pub"))["data"] == 2
-            await site.node.order(orders.UnsubscribeOrder(target, "live:extra"))
+            await site.node.ordering.give(orders.UnsubscribeOrder(target, "live:extra"))
             assert (await listener.message())["unsubscribe"]["code"] == 2000
-            await site.node.order(orders.RefreshOrder(target, False, int(site.clock()) + 100))
+            await site.node.ordering.give(orders.RefreshOrder(target, False, int(site.clock()) + 100))
             assert (await listener.expect("refresh"))["ttl"] in (99, 100)
         await speaker.close()
 
@@ -251,7 +251,9 @@ async def test_a_session_is_meant_alone(kind: str) -> None:
             hello = await one.expect("connect")
             await other.expect("connect")
             target = orders.Target("42", session=hello["session"])
-            await site.node.order(orders.DisconnectOrder(target, FORCE_DISCONNECT.code, FORCE_DISCONNECT.reason))
+            await site.node.ordering.give(
+                orders.DisconnectOrder(target, FORCE_DISCONNECT.code, FORCE_DISCONNECT.reason)
+            )
             await one.ended(3503)
             assert len(site.node.users["42"]) == 1
 

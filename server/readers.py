@@ -17,6 +17,7 @@ PROTOCOL 17.3.
 """
 
 import asyncio
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,16 @@ from server import cursors, errors, orders, protocol
 from server.auth import SubscribeOptions
 from server.callers import Asker
 from server.commands import SKILLS, replace_others
-from server.errors import CONNECTION_CLOSED, CONNECTION_LIMIT, LIMIT_EXCEEDED, Disconnected, Refused
+from server.errors import (
+    CONNECTION_CLOSED,
+    CONNECTION_LIMIT,
+    LIMIT_EXCEEDED,
+    SERVER_ERROR,
+    Disconnected,
+    Overdue,
+    Refused,
+    Unsubscribed,
+)
 from server.hub import Subscription
 from server.node import Node
 from server.outbox import Outbox, Request, Wire
@@ -39,6 +49,9 @@ BREAK = b"\0"
 
 STAY_AWAY = b"retry: 86400000\n"
 """A browser knows none of our codes and comes back after any end; this has it wait a day (HTML standard, 9.2.6)."""
+
+COME_AGAIN_MS = 2_000, 10_000
+"""Between these a browser waits that comes back when too many do: not all of them together again."""
 
 KEEP_ALIVE = b":\n\n"
 """A comment (HTML standard, 9.2.6): a proxy sees that the stream lives, nobody else does."""
@@ -129,10 +142,7 @@ class EventWire(Wire):
 
     format = "json"
 
-    @property
-    def codec(self) -> protocol.Codec:
-        """See ``Wire.codec``."""
-        return CODEC
+    codec = CODEC
 
     def frame(self, message: bytes) -> bytes:
         """See ``Wire.frame``; messages have no raw newlines (PROTOCOL 2.3.6)."""
@@ -277,7 +287,7 @@ class Follower(Asker, Session):
         """Find out who it is, and subscribe from these positions on; ``None``: from now on.
 
         Raises ``Refused``, ``Disconnected``, ``Unavailable`` and
-        ``protocol.Inexpressible``, and is then to be ended.
+        ``protocol.Inexpressible``, and is then to be ended; with ``Overdue`` by ``put_off``.
         """
         self.start_connecting()
         await self.identify(token)
@@ -294,15 +304,27 @@ class Follower(Asker, Session):
         self.node.admit(self)
         outcomes = await asyncio.gather(
             *(
-                join(self, channel, namespace, _request(channel, since), options, server_side=True)
+                join(
+                    self,
+                    channel,
+                    namespace,
+                    _request(channel, since),
+                    options,
+                    asked_at=self.connected_at,
+                    server_side=True,
+                )
                 for channel, (namespace, options) in channels.items()
             ),
             return_exceptions=True,
         )
         for outcome in outcomes:
+            if isinstance(outcome, Unsubscribed):
+                continue  # as it will be told when its stream begins
             if isinstance(outcome, BaseException):
                 raise outcome
             subscription, result, _ = outcome
+            if subscription.closed:
+                continue
             self._joined.append(outcome)
             if not result.recoverable:
                 continue
@@ -310,6 +332,15 @@ class Follower(Asker, Session):
             if since is not None and not result.recovered:
                 self._resets.append(subscription.channel)
         self.go_on()
+
+    def put_off(self, overdue: Overdue) -> None:
+        """The stream is there, and its turn to begin did not come in time: have it come again.
+
+        An ``EventSource`` never comes back after another status than 200 (HTML standard, 9.2.3).
+        """
+        if not self.closed:
+            self.events.say(b"retry: %d\n\n" % random.randint(*COME_AGAIN_MS))
+            self.disconnect(SERVER_ERROR, str(overdue))
 
     def begin(self) -> None:
         """The stream is there: say where it begins and what was missed, and go live, all in one loop turn."""
