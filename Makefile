@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: run test docs storm fuzz hostile bench profile lint types unit install-test-parts clean
+.PHONY: run test docs storm fuzz hostile restart bench profile lint types unit install-test-parts clean
 
 run: $(VENV)/.run
 	$(BIN)/python run.py $(ARGS)
@@ -16,9 +16,9 @@ test: $(VENV)/.test install-test-parts
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-# Most tests wait for something most of the time, so as many run at once as there are cores, up to four; each of these
-# processes has stores and a browser of its own.  One after another: make test SIDE_BY_SIDE=
-SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
+# Most tests wait for something most of the time, so that four at once keep two cores busy; each of these processes has
+# stores and a browser of its own.  One after another: make test SIDE_BY_SIDE=
+SIDE_BY_SIDE ?= -n 4 --dist worksteal
 
 # The tables that are made from the code, and the site in build/site; a link that leads nowhere ends it.
 docs: $(VENV)/.test
@@ -41,6 +41,11 @@ fuzz: $(VENV)/.fuzz
 # What a well-behaved client notices of each kind of hostile one, and what memory those cost: make hostile SECONDS=5
 hostile: $(VENV)/.test
 	$(BIN)/python -m benchmarks.hostile $(call option,seconds) $(ARGS)
+
+# What a restart of one process of three costs history and the clients of the others, with a pace and without; two or
+# three minutes: make restart CLIENTS=1200
+restart: $(VENV)/.test
+	$(BIN)/python -m benchmarks.restart $(call option,clients) $(ARGS)
 
 # This server beside others on this machine, a quarter of an hour or two: benchmarks/README.md.
 # make bench WORKS=W1,W6 PEERS=bare,waterspout,aiohttp ROUNDS=3 SECONDS=3 SCALE=0.1
@@ -83,9 +88,10 @@ $(VENV)/.fuzz: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[test,fuzz]'
 	touch $@
 
-# Node with the JavaScript SDK, a real browser, and Redis.
+# Node with the JavaScript SDK, a real browser (without a window if there is one, since it takes a third of the CPU), and
+# Redis.
 install-test-parts: tests/sdk/node_modules/.installed
-	@command -v chromium >/dev/null || sh tests/sdk/install.sh chromium
+	@command -v chromium-headless-shell >/dev/null || sh tests/sdk/install.sh chromium-headless-shell || command -v chromium
 	@command -v redis-server >/dev/null || [ -n "$$WATERSPOUT_TEST_REDIS" ] || sh tests/sdk/install.sh redis-server
 
 tests/sdk/node_modules/.installed: tests/sdk/package.json tests/sdk/package-lock.json

@@ -244,7 +244,7 @@ def headline(plan: Plan, tools: Tools, arguments: argparse.Namespace) -> str:
     return (
         f"{today:%-d %B %Y}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"Linux {machine['kernel']}. Server and load: {where}; bare loop and load generator {kind}. "
-        f"{plan.rounds} rounds of {plan.seconds:g} s, medians (least–greatest)"
+        f"{plan.rounds} round{'s' if plan.rounds != 1 else ''} of {plan.seconds:g} s, medians (least–greatest)"
         + (f", {arguments.scale:g} times the usual clients." if arguments.scale != 1 else ".")
     )
 

@@ -42,6 +42,8 @@ class Column(NamedTuple):
     heading: str
     decimals: int = 0
     spread: bool = False
+    grouped: bool = True
+    """Are its thousands set apart?  Not those of a code."""
 
 
 COLUMNS: Mapping[Kind, Sequence[Column]] = {
@@ -85,7 +87,7 @@ COLUMNS: Mapping[Kind, Sequence[Column]] = {
         Column("p99_ms", "p99 ms", 2),
         Column("p99_ms_after", "… with one slow", 2),
         Column("p99_ratio", "×", 2, spread=True),
-        Column("slow_code", "the slow one ended with"),
+        Column("slow_code", "the slow one ended with", grouped=False),
         Column("lost", "lost"),
         Column("others", "% others"),
     ),
@@ -221,22 +223,23 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def number(value: float, decimals: int = 0) -> str:
+def number(value: float, decimals: int = 0, *, grouped: bool = True) -> str:
     """A number for a cell; large ones without decimals."""
-    return f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"
+    text = f"{value:,.{0 if abs(value) >= 1000 else decimals}f}"
+    return text if grouped else text.replace(",", "")
 
 
 def cell(spread: Spread | None, column: Column) -> str:
     """A spread for a cell, empty if there is none; least and greatest in brackets if they differ."""
     if spread is None:
         return ""
-    text = number(spread.median, column.decimals)
+    text = number(spread.median, column.decimals, grouped=column.grouped)
     low, high = number(spread.low, column.decimals), number(spread.high, column.decimals)
     return f"{text} ({low}–{high})" if column.spread and low != high else text
 
 
 def overview(summary: Summary, works: Sequence[Work], titles: Mapping[str, str]) -> str:
-    """The table of all peers: the figures that matter most, and their ratios to the bare loop."""
+    """The table of all peers: the figures that matter most, and their ratios to the bare loop; empty without any."""
     compared = [work for work in works if work.kind in HEADLINE and not work.ours_only]
     headings = ["server"]
     for work in compared:
@@ -255,7 +258,7 @@ def overview(summary: Summary, works: Sequence[Work], titles: Mapping[str, str])
             for work, figures in zip(compared, found, strict=True):
                 row += _headline(work, figures or {})
             rows.append(row)
-    return table(headings, rows)
+    return table(headings, rows) if rows else ""
 
 
 def _headline(work: Work, found: Mapping[str, Spread]) -> list[str]:

@@ -8,7 +8,9 @@ hold is for tests/wire/test_hostile.py to say; how much they spare others is
 measured here, since that depends on the machine.
 
 The server has a core to itself; offenders share the other one with the neighbour, and
-are of lower priority, so that it is not their work that makes it wait.
+are of lower priority, so that it is not their work that makes it wait.  The last
+column says for what part of the time the server was ready to go on and had no core,
+since other programs had it: where that is much, the neighbour's times are theirs.
 """
 
 import argparse
@@ -27,8 +29,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.bare import HANDSHAKE, command, frame
 from benchmarks.figures import table
-from benchmarks.processes import Server, choose_cores, free_port
+from benchmarks.processes import Server, choose_cores, free_port, memory_mb, waited_s
 
 ROOT = Path(__file__).parent.parent
 KB, MB = 1024, 1024 * 1024
@@ -66,11 +69,6 @@ join_leave = true
 """
 """Every limit is as it comes."""
 
-HANDSHAKE = (
-    b"GET /connection/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-)
-
 
 class Told(NamedTuple):
     """What a neighbour has seen: its times in ms, and what it lost."""
@@ -80,19 +78,6 @@ class Told(NamedTuple):
     p99_ms: float
     most_ms: float
     lost: int
-
-
-# --- bytes --------------------------------------------------------------------------------
-def frame(first: int, payload: bytes = b"") -> bytes:
-    """A frame of a client whose mask is nothing."""
-    size = len(payload)
-    head = bytes((first, 0x80 | size)) if size < 126 else bytes((first, 0xFE)) + size.to_bytes(2, "big")
-    return head + bytes(4) + payload
-
-
-def command(**said: Any) -> bytes:
-    """One command in a frame of its own."""
-    return frame(0x81, json.dumps(said).encode())
 
 
 class Line:
@@ -143,28 +128,28 @@ class Line:
 
 
 # --- the neighbour --------------------------------------------------------------------------
+HERE = "here"
+"""What a neighbour prints once it has connected and subscribed; it begins when it is told so."""
+
+
 async def neighbour(port: int, seconds: float) -> Told:
     """Publish and hear it, again and again."""
     line = await Line.open(port, Counter())
     assert line is not None, "the neighbour was not let in"
     await line.say(command(id=1, connect={}) + command(id=2, subscribe={"channel": "kept:neighbour"}))
+    buffer = await _read_until(line, b"", b'{"id":2,"subscribe"')
+    print(HERE, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
     times: list[float] = []
     number, heard, lost = 0, 0, 0
     until = time.monotonic() + seconds
-    buffer = b""
     while time.monotonic() < until:
         number += 1
         said_at = time.monotonic()
         await line.say(command(id=number + 2, publish={"channel": "kept:neighbour", "data": number}))
         try:
             async with asyncio.timeout(10):
-                while b'"data":%d,' % number not in buffer and b'"data":%d}' % number not in buffer:
-                    data = await line.reader.read(65_536)
-                    if not data:
-                        raise ConnectionError("the neighbour was cut off")
-                    buffer = buffer[-4096:] + data
-                    if b'"ping"' not in buffer and b"\x81\x02{}" in data:
-                        await line.say(frame(0x81, b"{}"))
+                buffer = await _read_until(line, buffer, b'"data":%d,' % number, b'"data":%d}' % number)
             heard += 1
         except TimeoutError:
             lost += 1
@@ -174,6 +159,20 @@ async def neighbour(port: int, seconds: float) -> Told:
     line.writer.close()
     times.sort()
     return Told(heard, times[len(times) // 2], times[min(len(times) - 1, int(len(times) * 0.99))], times[-1], lost)
+
+
+async def _read_until(line: Line, buffer: bytes, *wanted: bytes) -> bytes:
+    """Read until one of these has come, and answer pings; the end of all that came."""
+    while not any(one in buffer for one in wanted):
+        data = await line.reader.read(65_536)
+        if not data:
+            raise ConnectionError(f"the neighbour was cut off behind {buffer[-300:]!r}")
+        if b'"error":' in data:
+            raise ConnectionError(f"the neighbour was refused: {data[-300:]!r}")
+        buffer = buffer[-4096:] + data
+        if b"\x81\x02{}" in data:
+            await line.say(frame(0x81, b"{}"))
+    return buffer
 
 
 # --- offenders --------------------------------------------------------------------------------
@@ -391,7 +390,7 @@ def _settle(core: int, niceness: int) -> None:
     os.nice(niceness)
 
 
-def _start(role: str, port: int, seconds: float, core: int, niceness: int) -> "subprocess.Popen[bytes]":
+def _start(role: str, port: int, seconds: float, core: int, niceness: int) -> "subprocess.Popen[str]":
     command = (
         sys.executable,
         "-m",
@@ -403,20 +402,33 @@ def _start(role: str, port: int, seconds: float, core: int, niceness: int) -> "s
         "--seconds",
         str(seconds),
     )
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=lambda: _settle(core, niceness))
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: _settle(core, niceness),
+    )
 
 
-def _heard(popen: "subprocess.Popen[bytes]") -> Any:
+def _heard(popen: "subprocess.Popen[str]") -> Any:
     output, _ = popen.communicate()
     if popen.returncode:
         raise SystemExit(f"a part of the benchmark failed with {popen.returncode}")
     return json.loads(output)
 
 
-def memory_mb(pid: int) -> float:
-    """What a process holds now."""
-    fields = Path(f"/proc/{pid}/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / MB
+def _wait_until_here(popen: "subprocess.Popen[str]") -> None:
+    assert popen.stdout is not None
+    if popen.stdout.readline().strip() != HERE:
+        raise SystemExit(f"the neighbour failed with {popen.wait()}")
+
+
+def _begin(popen: "subprocess.Popen[str]") -> None:
+    assert popen.stdin is not None
+    popen.stdin.write("\n")
+    popen.stdin.flush()
 
 
 def measure(name: str, seconds: float) -> Sequence[str]:
@@ -427,14 +439,22 @@ def measure(name: str, seconds: float) -> Sequence[str]:
         config.write_text(CONFIG.format(folder=folder))
         arguments = (sys.executable, str(ROOT / "run.py"), "--config", str(config), "--port", str(port))
         with Server(arguments, {}, cores.server, port, Path(folder) / "server.log") as server:
-            usual = Told(*_heard(_start("neighbour", port, seconds, cores.load, 0)))
+            alone = _start("neighbour", port, seconds, cores.load, 0)
+            _wait_until_here(alone)
+            _begin(alone)
+            usual = Told(*_heard(alone))
+            # It is there before they come: whether it would be let in beside them is not what is measured.
+            watching = _start("neighbour", port, seconds, cores.load, 0)
+            _wait_until_here(watching)
             before = most = memory_mb(server.pids[0])
+            waited, began = waited_s(server.pids[0]), time.monotonic()
             offender = _start(name, port, seconds + 1, cores.load, 10)
             time.sleep(0.5)
-            watching = _start("neighbour", port, seconds, cores.load, 0)
+            _begin(watching)
             while watching.poll() is None or offender.poll() is None:
                 most = max(most, memory_mb(server.pids[0]))
                 time.sleep(0.02)
+            waited = (waited_s(server.pids[0]) - waited) / (time.monotonic() - began)
             beside, codes = Told(*_heard(watching)), _heard(offender)
     told = ", ".join(f"{code}: {count:,}" for code, count in sorted(codes.items())) or "nothing"
     return (
@@ -445,6 +465,7 @@ def measure(name: str, seconds: float) -> Sequence[str]:
         f"{beside.most_ms:.0f}",
         str(usual.lost + beside.lost),
         f"{before:.0f} → {most:.0f}",
+        f"{waited:.0%}",
     )
 
 
@@ -468,7 +489,16 @@ def main() -> None:
     for name in arguments.only.split(","):
         rows.append(measure(name, arguments.seconds))
         print(" · ".join(rows[-1]), file=sys.stderr, flush=True)
-    heading = ("who", "is told", "alone p50 / p99 ms", "beside them", "longest ms", "lost", "server MB")
+    heading = (
+        "who",
+        "is told",
+        "alone p50 / p99 ms",
+        "beside them",
+        "longest ms",
+        "lost",
+        "server MB",
+        "without a core",
+    )
     print(table(heading, rows))
 
 

@@ -75,6 +75,18 @@ def free_port() -> int:
         return port
 
 
+def memory_mb(pid: int) -> float:
+    """What a process holds now."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def waited_s(pid: int) -> float:
+    """How long the threads of a process have been ready to run and had no core, so far."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[1]) for task in tasks) / 1e9
+
+
 def tree(pid: int) -> list[int]:
     """A process and all that descend from it."""
     found = [pid]

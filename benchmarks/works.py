@@ -130,6 +130,15 @@ _ALL = (
         ours_only=True,
         together=True,
     ),
+    Work(
+        "crossing",
+        "200 channels of one subscriber, with their publishers at the other process: what a publication costs to cross",
+        "delivery",
+        {"clients": 200, "channels": 200, "flight": 1},
+        base="W6",
+        ours_only=True,
+        together=True,
+    ),
 )
 WORKS: Mapping[str, Work] = {work.name: work for work in _ALL}
 USUAL = tuple(work.name for work in _ALL if not work.together)

@@ -127,6 +127,11 @@ def test_a_cell_shows_the_spread_that_there_is(spread: Spread | None, text: str)
     assert figures.cell(spread, Column("us", "µs", 2, spread=True)) == text
 
 
+def test_a_code_is_no_quantity() -> None:
+    """The thousands of a disconnect code are not set apart."""
+    assert figures.cell(Spread(3008, 3008, 3008), Column("slow_code", "ended with", grouped=False)) == "3008"
+
+
 def test_the_overview_has_a_row_for_each_server_and_leaves_out_what_only_we_do() -> None:
     """Each measured server has a row; our own works have no column, and a server that failed a work an empty cell."""
     rounds = [Result("bare", "W1", 1, counted()), Result("waterspout", "W1", 1, counted(cpu_s=2.0))]
@@ -134,6 +139,7 @@ def test_the_overview_has_a_row_for_each_server_and_leaves_out_what_only_we_do()
     summary = figures.summarize(rounds, WORKS)
     titles = {"bare": "bare loop", "waterspout": "Waterspout", "aiohttp": "aiohttp"}
     text = figures.overview(summary, [WORKS[name] for name in ("W1", "W3", "K1")], titles)
+    assert figures.overview(summary, [WORKS["K1"]], titles) == ""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert cells[0] == ["server", "W1 µs (×)", "W3 KB", "W3 connect µs"]
     assert cells[2:] == [["bare loop", "10.00 (1.00)", "3.00", "200"], ["Waterspout", "20.00 (2.00)", "", ""]]

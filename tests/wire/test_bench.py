@@ -73,7 +73,8 @@ class Forger:
 async def forging(wrong: str) -> AsyncIterator[Forger]:
     """Such a server."""
     forger = Forger(wrong)
-    async with serve(forger.serve_one, "127.0.0.1", 0, compression=None) as server:
+    # The generator answers no goodbye, and nothing is learned by waiting for it.
+    async with serve(forger.serve_one, "127.0.0.1", 0, compression=None, close_timeout=0.5) as server:
         forger.port = next(iter(server.sockets)).getsockname()[1]
         yield forger
 

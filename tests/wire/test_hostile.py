@@ -6,7 +6,8 @@ loses nothing, has every publication once and in order, and goes on.  How long t
 neighbour waits meanwhile is measured beside the tests (``benchmarks/hostile.py``),
 since a test that measures time on a busy machine proves nothing.
 
-Malformed frames, wrong types, deep JSON and huge numbers are in ``test_bad_input``.
+Malformed frames, wrong types, deep JSON and huge numbers are in ``test_bad_input``,
+names without end in ``test_made_up_names``.
 """
 
 import asyncio
@@ -25,11 +26,12 @@ import pytest
 import websockets
 from conftest import ExpectedLog
 from hopper import ask
-from support import PATIENCE_S, Client, Site, serving, settings, token
+from support import PATIENCE_S, Client, Process, Site, serving, settings, token
 from test_bad_input import Neighbour
 from tornado.netutil import bind_sockets
 
 import run
+from benchmarks.bare import HANDSHAKE, command, end_of_frame, frame
 from handlers import make_app
 from handlers.socket import SocketOutbox
 from server.session import Session
@@ -76,31 +78,14 @@ def session_of(site: Site, client: Client) -> Session:
     return session
 
 
-async def narrow(site: Site) -> socket.socket:
-    """A socket whose system takes little at a time, connected to the site."""
+async def narrow(site: Site | Process, buffer: int = 4096) -> socket.socket:
+    """A socket whose system takes so many bytes at a time (0: as many as it likes), connected to the site."""
     sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    if buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", site.port))
     return sock
-
-
-HANDSHAKE = (
-    b"GET /connection/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
-)
-
-
-def frame(first: int, payload: bytes = b"") -> bytes:
-    """A frame of a client whose mask is nothing."""
-    size = len(payload)
-    head = bytes((first, 0x80 | size)) if size < 126 else bytes((first, 0xFE)) + size.to_bytes(2, "big")
-    return head + bytes(4) + payload
-
-
-def command(**said: Any) -> bytes:
-    """One command in a text frame of its own."""
-    return frame(0x81, json.dumps(said).encode())
 
 
 class Bare:
@@ -113,9 +98,9 @@ class Bare:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def connected(cls, site: Site, *commands: bytes) -> "Bare":
+    async def connected(cls, site: Site | Process, *commands: bytes, buffer: int = 4096) -> "Bare":
         """Shake hands, connect, and say this; the answers to that have been read."""
-        bare = cls(await narrow(site))
+        bare = cls(await narrow(site, buffer))
         await bare.say(HANDSHAKE + b"\r\n" + command(id=1, connect={}) + b"".join(commands))
         came = b""
         async with asyncio.timeout(PATIENCE_S):
@@ -134,12 +119,25 @@ class Bare:
         except ConnectionError:
             return b""
 
+    async def answer(self, id: int) -> bytes:
+        """Read until command ``id`` is answered; all that came, the answer included."""
+        wanted = b'{"id":%d,' % id
+        came, self.came = self.came, bytearray()
+        seen = 0
+        async with asyncio.timeout(PATIENCE_S):
+            while came.find(wanted, seen) < 0:
+                seen = max(0, len(came) - len(wanted))
+                data = await self.hear(MB)
+                assert data, "it was closed before it answered"
+                came += data
+        return bytes(came)
+
     async def code(self) -> int:
         """Read up to the server's goodbye; its code."""
         came = self.came
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                while (end := _end_of_frame(came)) <= len(came):
+                while (end := end_of_frame(came)) <= len(came):
                     if came[0] == 0x88:
                         return int.from_bytes(came[2:4], "big")
                     del came[:end]
@@ -150,17 +148,6 @@ class Bare:
     def vanish(self) -> None:
         """Close it."""
         self.sock.close()
-
-
-def _end_of_frame(data: bytearray) -> int:
-    """Where the first frame of a server ends; beyond the data while that cannot be said."""
-    if len(data) < 10:
-        return 10 if len(data) < 2 or data[1] > 125 else 2 + data[1]
-    size = data[1]
-    if size < 126:
-        return 2 + size
-    width = 2 if size == 126 else 8
-    return 2 + width + int.from_bytes(data[2 : 2 + width], "big")
 
 
 async def until(done: Callable[[], bool]) -> None:
@@ -268,11 +255,10 @@ async def test_a_byte_now_and_then() -> None:
 @pytest.mark.parametrize(
     "part", [b"GET /connection/web", HANDSHAKE, b"POST /emulation HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"]
 )
-async def test_a_request_that_never_ends(part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who begins a request and goes on a byte at a time, or not at all, is cut off when its time is over."""
-    monkeypatch.setattr(run, "REQUEST_S", 0.3)
+async def test_a_request_that_never_ends(part: bytes) -> None:
+    """Who begins a request and does not go on with it is cut off when its time is over."""
     async with beside() as (site, _):
-        server = run.make_server(make_app(site.node, site.sockets), None)  # type: ignore[arg-type]
+        server = run.make_server(make_app(site.node, site.sockets), None, request_s=0.3)  # type: ignore[arg-type]
         listening = bind_sockets(0, "127.0.0.1")
         server.add_sockets(listening)
         reader, writer = await asyncio.open_connection("127.0.0.1", listening[0].getsockname()[1])
@@ -385,49 +371,23 @@ async def test_more_than_come_in_at_the_door(log: ExpectedLog) -> None:
         assert len(log.seen("connection.refused")) <= elapsed_s + 2, "a line a second"
 
 
-async def test_made_up_channels() -> None:
-    """A connection follows ``client.channel_limit`` of them, then it is 106; each costs 6 KB, and once left nothing."""
-    count, limit = 16, 128
-    async with beside() as (site, neighbour):
-        clients = [await Client.connected(site.url) for _ in range(count)]
-        gc.collect()
-        with using_at_most(count * limit * 6 * KB):
-            for number, client in enumerate(clients):
-                commands = [client.command("subscribe", channel=f"chat:{number}-{at}") for at in range(limit + 3)]
-                await client.send(*commands)
-                replies = [await client.reply(one["id"]) for one in commands]
-                assert [reply["error"]["code"] for reply in replies if "error" in reply] == [106] * 3
-        assert len(site.node.hub.feeds) == count * limit + 1
-        assert site.node.counts.limits["client.channel_limit"] == 3 * count
-        await neighbour.notices_nothing()
-        for client in clients:
-            await client.close()
-        await until(lambda: set(site.node.hub.feeds) == {ROOM})
-
-
-async def test_names_that_are_used_once() -> None:
-    """Subscribing to ever new names and leaving them again leaves nothing behind, however many there were."""
-    async with beside() as (site, neighbour):
-        client = await Client.connected(site.url)
-        client.ids.clear()
-
-        async def through(names: range) -> None:
-            for at in range(names.start, names.stop, 100):
-                commands = []
-                for name in range(at, at + 100):
-                    commands.append(client.command("subscribe", channel=f"live:{'x' * 200}{name}"))
-                    commands.append(client.command("unsubscribe", channel=f"live:{'x' * 200}{name}"))
-                await client.send(*commands)
-                for one in commands:
-                    await client.reply(one["id"])
-            client.ids.clear()
-            client.pushes.clear()
-
-        await through(range(100))
-        with using_at_most(5 * MB):
-            await through(range(100, 5_000))
-        await neighbour.notices_nothing()
-        assert set(site.node.hub.feeds) == {ROOM}
+async def test_reads_without_end(log: ExpectedLog) -> None:
+    """Who reads by REST without a pause gets what ``rest.read_rate_limit`` says, then 429, and holds nothing."""
+    rate = 20
+    async with beside(settings(rest={"read_rate_limit": rate})) as (site, neighbour):
+        loop = asyncio.get_running_loop()
+        outcomes: Counter[int] = Counter()
+        with using_at_most(2 * MB):
+            begin = loop.time()
+            for _ in range(50):
+                answers = await asyncio.gather(*(ask(site.port, f"/v1/channels/{ROOM}/publications") for _ in range(8)))
+                outcomes.update(answer.status for answer in answers)
+                await neighbour.notices_nothing()
+            elapsed_s = loop.time() - begin
+        assert outcomes.keys() == {200, 429}
+        assert outcomes[200] <= rate + elapsed_s * rate + 1
+        assert site.node.counts.limits == {"rest.read_rate_limit": outcomes[429]}
+        assert len(log.seen("command.refused")) <= elapsed_s + 2, "a line a second"
 
 
 # --- tokens -----------------------------------------------------------------------------------------
