@@ -87,7 +87,11 @@ async def pilots(
     outages: bool = False,
     **context: Any,
 ) -> AsyncIterator[list[Pilot]]:
-    """Tabs in the air, the last one through ``route``; in the end no console may have complained, but of outages."""
+    """Tabs in the air, the last one through ``route``; in the end no console may have complained, but of outages.
+
+    They are small if nothing else is said: a sky is painted sixty times a second, and that is most of what they cost.
+    """
+    context = {"viewport": {"width": 640, "height": 360}, **context}
     flying: list[Pilot] = []
     try:
         for name in names:

@@ -13,6 +13,7 @@ STRICT = (
     "--noEmit",
     "--strict",
     "--noUnusedLocals",
+    "--skipDefaultLibCheck",
     "--target", "es2022",
     "--lib", "es2022,dom",
     "--module", "esnext",
