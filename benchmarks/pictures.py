@@ -111,7 +111,11 @@ def draw(title: str, caption: str, some: Sequence[Panel], path: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Draw what a file of panels holds."""
     given: dict[str, Any] = json.loads(Path(arguments[0]).read_text())
-    some = [Panel(title, [Bar(*bar) for bar in bars]) for title, bars in given["panels"]]
+    plain = str.maketrans("µ×", "ux")  # the font that Pillow brings has neither
+    some = [
+        Panel(title, [Bar(*bar)._replace(text=Bar(*bar).text.translate(plain)) for bar in bars])
+        for title, bars in given["panels"]
+    ]
     draw(given["title"], given["caption"], some, Path(arguments[1]))
     return 0
 

@@ -149,7 +149,7 @@ class Server:
             except OSError:
                 pass  # not yet
             time.sleep(LOOK_S)
-        raise Failed(f"{self._popen.args!r} does not answer: {self.words}")
+        raise Failed(f"it does not answer: {self.words}")
 
     @property
     def words(self) -> str:

@@ -2,7 +2,7 @@
 const { createServer } = require("node:http");
 const { Server } = require("socket.io");
 
-const http = createServer();
+const http = createServer((request, response) => response.writeHead(404).end()); // also for who asks whether it is there
 const server = new Server(http, { perMessageDeflate: false, cors: { origin: "*" } });
 
 server.on("connection", (socket) => {
