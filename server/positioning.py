@@ -14,6 +14,7 @@ PROTOCOL 11.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,13 @@ from server.tasks import Tasks
 HOLE_PATIENCE_S = 0.03
 """How long a hole may fill itself before history is asked: words overtake one another by milliseconds."""
 
+TURN_PAGES = 1
+"""How many pages are sent to those who catch up in one turn of the loop, before the live ones have theirs.
+
+With 100 who catch up on 10,000 at once the p99 of 1,000 live ones was 8.3 times its usual without it, 4.7 times with
+four pages a turn, and is 3.0 times with one (``make bench WORKS=recovery``, November 2026).
+"""
+
 RETRY_S = 1.0
 """How long after history failed a repair or a catching-up subscription asks again."""
 
@@ -43,6 +51,10 @@ class Positioning:
         self._counts = counts
         self._now_ms = now_ms
         self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
+        self._sent = 0
+        """Pages that were sent in this turn of the loop."""
+        self._line: deque[asyncio.Future[None]] = deque()
+        """Those whose pages are for later turns."""
         self._unchecked = False
 
     # --- repair ---------------------------------------------------------------
@@ -155,14 +167,39 @@ class Positioning:
             if subscription.closed:
                 return
 
+    async def _place(self) -> None:
+        """Wait for a turn of the loop in which few others send a page: all who read the same one have it at once."""
+        if self._line or self._sent >= TURN_PAGES:
+            place = asyncio.get_running_loop().create_future()
+            self._line.append(place)
+            await place
+            return
+        if not self._sent:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._sent += 1
+
+    def _next_turn(self) -> None:
+        self._sent = 0
+        while self._line and self._sent < TURN_PAGES:
+            place = self._line.popleft()
+            if not place.done():  # cancelled
+                place.set_result(None)
+                self._sent += 1
+        if self._sent:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
     async def _read_on(self, subscription: Subscription) -> Step:
         feed, cursor = subscription.feed, subscription.cursor
         if feed is None or cursor is None:
             return Step.LIVE
         since = cursor.position
         page = self._hub.recall(feed, since, self._now_ms()) or await self._pages.after(feed, since.offset)
+        erasures = feed.erasures
+        await self._place()
         if subscription.closed:
             return Step.LIVE
+        if feed.erasures != erasures:  # the page may hold what has been erased since
+            return Step.READ
         caught = catch_up(since, page)
         if not caught.recovered:
             subscription.session.lose(subscription)
