@@ -151,7 +151,6 @@ class Positioning:
                 else:
                     async with turn:
                         await subscription.outbox.drained()
-                        await asyncio.sleep(0)  # a page from memory waits for nothing: others have their turn first
                         step = await self._read_on(subscription)
             except Disconnected as end:
                 if not subscription.closed:

@@ -186,6 +186,18 @@ async def serving(
         await run.close(node, gate, servers)
 
 
+@asynccontextmanager
+async def listening(server: tornado.httpserver.HTTPServer) -> AsyncIterator[int]:
+    """One more HTTP server, on a free port of this loop, which is given."""
+    sockets = tornado.netutil.bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    try:
+        yield sockets[0].getsockname()[1]
+    finally:
+        server.stop()
+        await server.close_all_connections()
+
+
 # --- a server beside this process -----------------------------------------------
 class Process:
     """``run.py`` as a program, in ``folder``; started, killed and started again on the same port."""

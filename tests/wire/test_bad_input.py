@@ -51,7 +51,7 @@ class Neighbour:
 
 
 @asynccontextmanager
-async def _beside(chosen: Settings | None = None) -> AsyncIterator[tuple[Site, Neighbour]]:
+async def beside(chosen: Settings | None = None) -> AsyncIterator[tuple[Site, Neighbour]]:
     """A site with a neighbour, who is asked once more at the end."""
     async with serving(chosen) as site:
         neighbour = await Neighbour.at(site)
@@ -87,7 +87,7 @@ async def _beside(chosen: Settings | None = None) -> AsyncIterator[tuple[Site, N
 )
 async def test_frames_that_are_none(frame: str | bytes, connected: bool) -> None:
     """PROTOCOL 2.3: what is not JSON commands is 3501, before connect and after."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         offender = await Client.open(site.url)
         if connected:
             await offender.ask("connect")
@@ -100,7 +100,7 @@ async def test_frames_that_are_none(frame: str | bytes, connected: bool) -> None
 )
 async def test_protobuf_frames_that_are_none(frame: str | bytes) -> None:
     """PROTOCOL 2.3: truncated and senseless Protobuf is 3501."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         offender = await Client.connected(site.url, format="protobuf")
         await offender.raw(frame)
         assert await offender.closed() == (3501, "bad request")
@@ -108,7 +108,7 @@ async def test_protobuf_frames_that_are_none(frame: str | bytes) -> None:
 
 async def test_deep_json_within_a_large_limit() -> None:
     """100,000 brackets, where messages may be that large, are 3501 and no fault."""
-    async with _beside(settings(websocket={"message_size_limit": 1_000_000})) as (site, _):
+    async with beside(settings(websocket={"message_size_limit": 1_000_000})) as (site, _):
         for data in ("[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000):
             for frame in ('{"id":7,"publish":{"channel":"chat:1","data":' + data + "}}", data):
                 offender = await Client.connected(site.url)
@@ -122,7 +122,7 @@ async def test_deep_json_within_a_large_limit() -> None:
 @FORMATS
 async def test_too_large(format: str) -> None:
     """PROTOCOL 18: a message above ``websocket.message_size_limit`` is close code 1009, one just below is served."""
-    async with _beside(settings(websocket={"message_size_limit": 5000})) as (site, _):
+    async with beside(settings(websocket={"message_size_limit": 5000})) as (site, _):
         offender = await Client.connected(site.url, format=format)
         await offender.ask("publish", channel="chat:1", data="x" * 4900)
         await offender.send(offender.command("publish", channel="chat:1", data="x" * 5000))
@@ -185,7 +185,7 @@ def _wrong_commands(method: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", FIELDS)
 async def test_wrong_types(method: str) -> None:
     """Every field of every command with values of every wrong type: 3501 each, and no fault of ours."""
-    async with _beside() as (site, neighbour):
+    async with beside() as (site, neighbour):
         commands = _wrong_commands(method)
         for start in range(0, len(commands), 20):
             offenders = [await _offend(site, method, command) for command in commands[start : start + 20]]
@@ -205,7 +205,7 @@ async def _offend(site: Site, method: str, command: dict[str, Any]) -> Client:
 @pytest.mark.parametrize("id", [-1, 2**32, 10**30, 1.5, "1", True, [], {}, None])
 async def test_ids_that_are_none(id: Any) -> None:
     """PROTOCOL 3.1: an id is a number up to 2**32 - 1."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         offender = await Client.connected(site.url)
         await offender.raw(json.dumps({"id": id, "history": {"channel": "chat:1"}}))
         assert (await offender.closed())[0] == 3501
@@ -215,7 +215,7 @@ async def test_ids_that_are_none(id: Any) -> None:
 @pytest.mark.parametrize("name", ["chat:" + "x" * 251, "x" * 60_000, "chat:ä", "chat:\U0001f30a", "nowhere:\x00\n\x7f"])
 async def test_odd_names(method: str, name: str) -> None:
     """Names too long, or not ASCII, or of no namespace cost their command only."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         offender = await Client.connected(site.url)
         request: dict[str, Any] = {"channel": name}
         if method == "publish":
@@ -229,7 +229,7 @@ async def test_odd_names(method: str, name: str) -> None:
 
 async def test_ascii_names_may_hold_anything() -> None:
     """Control characters in a name are names like any other, and do not break a line of the wire."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         client = await Client.connected(site.url)
         for name in ("chat:\x00", "chat:\n", 'chat:"\\', "chat: ", "chat:"):
             await client.ask("subscribe", channel=name)
@@ -249,7 +249,7 @@ def _publishing(id: int, channel: str, data: bytes) -> bytes:
 @pytest.mark.parametrize("channel", ["chat:neighbours", "live:1"])
 async def test_payloads_that_are_no_json(channel: str, data: bytes) -> None:
     """PROTOCOL 3.3: a Protobuf client's bytes that would break a JSON subscriber are 107, and reach nobody."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         watcher = await Client.connected(site.url)
         await watcher.ask("subscribe", channel="live:1")
         offender = await Client.connected(site.url, format="protobuf")
@@ -264,7 +264,7 @@ async def test_payloads_that_are_no_json(channel: str, data: bytes) -> None:
 
 async def test_a_text_frame_that_is_no_utf8() -> None:
     """RFC 6455 8.1: invalid UTF-8 in a text frame, inside a payload's string, too, is 1007 or 3501, never passed on."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         for data in (b'"\xff"', b'"\xed\xa0\x80"', b'"\xc3'):
             offender = await Client.connected(site.url)
             frame = b'{"id":7,"publish":{"channel":"chat:neighbours","data":' + data + b"}}"
@@ -277,7 +277,7 @@ async def test_a_binary_namespace(kept: bool) -> None:
     """PROTOCOL 9.4: bytes reach the Protobuf subscribers; a JSON subscriber who cannot be told is 3506."""
     binary = {"name": "bin", **(KEPT if kept else OPEN), "publication_data_format": "binary"}
     chosen = settings(channel={"namespaces": [binary, {"name": "chat", **KEPT}]})
-    async with _beside(chosen) as (site, neighbour):
+    async with beside(chosen) as (site, neighbour):
         speaker = await Client.connected(site.url, format="protobuf")
         text, bystander = await Client.connected(site.url), await Client.connected(site.url)
         for client in (speaker, text):
@@ -306,7 +306,7 @@ async def test_a_binary_namespace(kept: bool) -> None:
 @FORMATS
 async def test_a_flood_of_commands(format: str) -> None:
     """10,000 commands in one go are answered in order; meanwhile a neighbour's publish is answered in a moment."""
-    async with _beside() as (site, neighbour):
+    async with beside() as (site, neighbour):
         offender = await Client.connected(site.url, format=format)
         count = 10_000
         first = offender.command("presence_stats", channel="chat:1")["id"]
@@ -332,7 +332,7 @@ async def _pour(client: Client, commands: list[dict[str, Any]]) -> None:
 
 async def test_a_flood_that_is_slow_to_answer() -> None:
     """Thousands of publications to a kept channel from one client: stored in order, and others have turns."""
-    async with _beside() as (site, neighbour):
+    async with beside() as (site, neighbour):
         offender = await Client.connected(site.url)
         commands = [offender.command("publish", channel="chat:1", data=number) for number in range(5000)]
         flood = asyncio.create_task(_pour(offender, commands))
@@ -349,7 +349,7 @@ async def test_a_flood_that_is_slow_to_answer() -> None:
 
 async def test_many_offenders_at_once() -> None:
     """Fifty clients that break fifty different rules at the same moment are each cut; the neighbours go on."""
-    async with _beside() as (site, neighbour):
+    async with beside() as (site, neighbour):
         choice = random.Random(7)
         frames = [json.dumps({"id": 7, **command}) for method in FIELDS for command in _wrong_commands(method)]
         offenders = [await Client.connected(site.url) for _ in range(50)]
@@ -362,7 +362,7 @@ async def test_many_offenders_at_once() -> None:
 # --- sockets that only half live -----------------------------------------------------------------
 async def test_who_never_says_a_word() -> None:
     """Connections that never send connect are 3502, or closed, after the stale delay, and hold nothing."""
-    async with _beside() as (site, neighbour):
+    async with beside() as (site, neighbour):
         mute = [await Client.open(site.url) for _ in range(10)]
         site.pass_time(12)
         assert {await client.closed() for client in mute} == {(3502, "stale")}
@@ -371,7 +371,7 @@ async def test_who_never_says_a_word() -> None:
 
 async def test_half_a_frame() -> None:
     """A client that stops in the middle of a frame is stale like any other, and its line is closed."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         client = await Client.open(site.url)
         await (await client.connection.ping())
         client.connection.transport.write(b"\x81\xfe\x01\x00" + bytes(4) + b'{"id":1,')
@@ -394,7 +394,7 @@ async def _small(site: Site) -> Client:
 async def test_a_reader_that_stops(channel: str) -> None:
     """P7: it is cut with 3008, never holds more than its queue, costs the other subscriber nothing, and recovers."""
     limit = 200_000
-    async with _beside(settings(client={"queue_max_size": limit})) as (site, neighbour):
+    async with beside(settings(client={"queue_max_size": limit})) as (site, neighbour):
         writer, other, stopped = await Client.connected(site.url), await Client.connected(site.url), await _small(site)
         hello = await stopped.ask("connect")
         for client in (other, stopped):
@@ -426,7 +426,7 @@ async def test_a_reader_that_stops(channel: str) -> None:
 
 async def test_answers_that_nobody_reads() -> None:
     """Who asks and asks and never reads an answer is cut with 3008, and is read no further meanwhile."""
-    async with _beside(settings(client={"queue_max_size": 200_000})) as (site, neighbour):
+    async with beside(settings(client={"queue_max_size": 200_000})) as (site, neighbour):
         writer = await Client.connected(site.url)
         await writer.ask("publish", channel="live:1", data=1)
         greedy = await _small(site)
@@ -453,7 +453,7 @@ async def _ask_for_ever(client: Client, commands: list[dict[str, Any]], session:
 
 async def test_nothing_of_this_was_a_fault(log: ExpectedLog) -> None:
     """Refusals are no warnings: a client cannot fill the operator's log with alarms."""
-    async with _beside() as (site, _):
+    async with beside() as (site, _):
         for frame in ("x", '{"id":7,"subscribe":{"channel":"nowhere:1"}}', '{"id":7,"rpc":{"method":"none"}}', "{}"):
             offender = await Client.connected(site.url)
             await offender.raw(frame)

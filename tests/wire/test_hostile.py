@@ -18,39 +18,26 @@ import socket
 import tracemalloc
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import websockets
 from conftest import ExpectedLog
 from hopper import ask
-from support import PATIENCE_S, Client, Process, Site, serving, settings, token
-from test_bad_input import Neighbour
-from tornado.netutil import bind_sockets
+from support import PATIENCE_S, Client, Process, Site, listening, settings, token
+from test_bad_input import beside
 
 import run
 from benchmarks.bare import HANDSHAKE, command, end_of_frame, frame
 from handlers import make_app
 from handlers.socket import SocketOutbox
 from server.session import Session
-from server.settings import Settings
 
 KB, MB = 1024, 1024 * 1024
 
 ROOM = "chat:neighbours"
-
-
-@asynccontextmanager
-async def beside(chosen: Settings | None = None) -> AsyncIterator[tuple[Site, Neighbour]]:
-    """A site with a neighbour, who is asked once more at the end."""
-    async with serving(chosen) as site:
-        neighbour = await Neighbour.at(site)
-        await neighbour.notices_nothing()
-        yield site, neighbour
-        await neighbour.notices_nothing()
-        assert len(site.node.hub.feeds[ROOM].live) == 2
 
 
 @contextmanager
@@ -259,17 +246,14 @@ async def test_a_request_that_never_ends(part: bytes) -> None:
     """Who begins a request and does not go on with it is cut off when its time is over."""
     async with beside() as (site, _):
         server = run.make_server(make_app(site.node, site.sockets), None, request_s=0.3)  # type: ignore[arg-type]
-        listening = bind_sockets(0, "127.0.0.1")
-        server.add_sockets(listening)
-        reader, writer = await asyncio.open_connection("127.0.0.1", listening[0].getsockname()[1])
-        writer.write(part)
-        async with asyncio.timeout(PATIENCE_S):
-            with suppress(ConnectionError):
-                while await reader.read(1000):
-                    pass
-        writer.close()
-        server.stop()
-        await server.close_all_connections()
+        async with listening(server) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(part)
+            async with asyncio.timeout(PATIENCE_S):
+                with suppress(ConnectionError):
+                    while await reader.read(1000):
+                        pass
+            writer.close()
 
 
 async def test_half_open_sockets() -> None:

@@ -11,8 +11,7 @@ import json
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from streams import (
     uni_sse,
     until_gone,
 )
-from support import PATIENCE_S, Client, Site, serving
+from support import PATIENCE_S, Client, Site, listening, serving
 from test_rfc6455 import certificate
 from tornado.http1connection import HTTP1Connection
 from tornado.httputil import HTTPServerRequest
@@ -396,18 +395,10 @@ async def _what_is_left(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
-@asynccontextmanager
-async def behind(site: Site, **options: Any) -> AsyncIterator[int]:
+def behind(site: Site, **options: Any) -> AbstractAsyncContextManager[int]:
     """The port of one more HTTP server in front of the same node, with these options."""
     assert isinstance(site.sockets, Clients)
-    server = tornado.httpserver.HTTPServer(make_app(site.node, site.sockets), **options)
-    listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
-    server.add_sockets(listening)
-    try:
-        yield listening[0].getsockname()[1]
-    finally:
-        server.stop()
-        await server.close_all_connections()
+    return listening(tornado.httpserver.HTTPServer(make_app(site.node, site.sockets), **options))
 
 
 # --- who does not read --------------------------------------------------------------

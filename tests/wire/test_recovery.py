@@ -11,7 +11,7 @@ from support import KEPT, OPEN, Client, Site, serving, settings, token
 from server.history.memory import MemoryHistory
 from server.orders import Target, UnsubscribeOrder
 from server.session import Session
-from server.stream import Page, Retention
+from server.stream import PAGE_PUBLICATIONS, Page, Retention
 
 FORMATS = pytest.mark.parametrize("format", ["json", "protobuf"])
 
@@ -35,6 +35,34 @@ async def _epoch(client: Client, channel: str) -> str:
 
 def _offsets(publications: list[dict[str, Any]]) -> list[int]:
     return [pub["offset"] for pub in publications]
+
+
+# --- the pace ---------------------------------------------------------------------------
+async def test_a_crowd_that_catches_up_is_sent_a_page_a_turn() -> None:
+    """However many catch up on the same history at once, the loop has its other business between their pages."""
+    async with serving(_spaces()) as site:
+        publisher = await Client.connected(site.url)
+        await _publish(publisher, "chat:long", 1_000)
+        since = {"recover": True, "epoch": await _epoch(publisher, "chat:long"), "offset": 0}
+        clients = [await Client.connected(site.url) for _ in range(10)]
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                before = site.node.hub.deliveries
+                await asyncio.sleep(0)
+                most = max(most, site.node.hub.deliveries - before)
+
+        watching = asyncio.create_task(watch())
+        replies = await asyncio.gather(*(client.ask("subscribe", channel="chat:long", **since) for client in clients))
+        for client, reply in zip(clients, replies, strict=True):
+            rest = await client.publications("chat:long", 1_000 - len(reply["publications"]))
+            assert _offsets(reply["publications"]) + _offsets(rest) == list(range(1, 1_001))
+        watching.cancel()
+        assert 0 < most <= 2 * PAGE_PUBLICATIONS, "what was under way when the watcher looked, and the next page"
+        for client in (publisher, *clients):
+            await client.close()
 
 
 # --- the table of PROTOCOL 11.3 ------------------------------------------------------

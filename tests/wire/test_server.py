@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 from hopper import ask
-from support import PATIENCE_S, Client, serving
+from support import PATIENCE_S, Client, listening, serving
 from tornado.netutil import bind_sockets
 
 import run
@@ -46,13 +46,8 @@ async def hurried() -> AsyncIterator[int]:
     """The port of a server on which requests have to come soon."""
     async with serving() as site:
         server = run.make_server(make_app(site.node, site.sockets), None, request_s=REQUEST_S)
-        listening = bind_sockets(0, "127.0.0.1")
-        server.add_sockets(listening)
-        try:
-            yield listening[0].getsockname()[1]
-        finally:
-            server.stop()
-            await server.close_all_connections()
+        async with listening(server) as port:
+            yield port
 
 
 @asynccontextmanager
