@@ -3,6 +3,9 @@
 The replica set is real and shared with the rest of the run, so what hurts it
 does so inside ``disturbing``.  Several ``MongoHistory`` stand for as many
 processes: they share nothing but the database.
+
+A machine that is busy is no fault: histories wait for ``PATIENCE_S``, and only
+those that are hurt give up as soon as their test says.
 """
 
 import asyncio
@@ -33,7 +36,7 @@ from server.stream import Page, Position, Publication, Retention
 
 NOW = 1_800_000_000_000
 FOREVER = Retention(-1, -1, -1)
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 DRIVERS = ["motor", "pymongo"]
 every_driver = pytest.mark.parametrize("driver", DRIVERS)
 
@@ -41,7 +44,8 @@ every_driver = pytest.mark.parametrize("driver", DRIVERS)
 def made(database: str, **options: Any) -> MongoHistory:
     """A history in ``database`` of the shared set, not open yet."""
     ttl_ms = options.pop("idempotency_ttl_ms", 86_400_000)
-    chosen = {"url": shared_set().url, "database": database, **options}
+    patience = f"{PATIENCE_S:g}s"
+    chosen = {"url": shared_set().url, "database": database, "publish_timeout": patience, **options}
     return MongoHistory(MongoSettings.model_validate(chosen), idempotency_ttl_ms=ttl_ms)
 
 
@@ -93,6 +97,15 @@ async def until(holds: Callable[[], Awaitable[bool]], what: str) -> None:
         await asyncio.sleep(0.05)
 
 
+async def swept(history: MongoHistory) -> bool:
+    """Whether a sweep gets through."""
+    try:
+        await history.sweep(lambda channel: FOREVER, NOW)
+    except Unavailable:
+        return False
+    return True
+
+
 async def retried(history: MongoHistory, channel: str, draft: Draft) -> Appended:
     """Append until it is known, as a publisher with an idempotency key may."""
     ends = time.monotonic() + PATIENCE_S
@@ -105,12 +118,19 @@ async def retried(history: MongoHistory, channel: str, draft: Draft) -> Appended
 
 # --- what the driver may say ---------------------------------------------------------
 
+IN_TIME_S = 15.0
+"""However busy the machine: the driver by itself would wait for 30 s."""
+HURT_TIMEOUT = "12s"
+"""For who is hurt and goes on all the same; a third of it is the time of one attempt."""
+NO_ANSWER_MS = 4_300
+"""Longer than such an attempt."""
+
 FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
     "step-down": (2, {"errorCode": 11602, "errorLabels": []}),
     "not primary": (2, {"errorCode": 10107, "errorLabels": []}),
     "shutdown": (2, {"errorCode": 91, "errorLabels": []}),
     "closed connection": (3, {"closeConnection": True}),
-    "no answer": (2, {"blockConnection": True, "blockTimeMS": 1_300}),
+    "no answer": (1, {"blockConnection": True, "blockTimeMS": NO_ANSWER_MS}),
     "majority in vain": (2, {"writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"}}),
     "majority interrupted": (1, {"writeConcernError": {"code": 11602, "errmsg": "interrupted", "errorLabels": []}}),
     "a refusal": (1, {"errorCode": 8, "errorLabels": []}),
@@ -125,7 +145,8 @@ async def test_what_fails_once_is_stored_once(driver: str, failure: str, databas
     times, how = FAILURES[failure]
     heard: list[Publication] = []
     primary = shared_set().primary()
-    async with opened(database, driver=driver) as history:
+    url = f"{shared_set().url}&heartbeatFrequencyMS=500"  # a member that shut down is trusted again after the next one
+    async with opened(database, url=url, driver=driver, publish_timeout=HURT_TIMEOUT) as history:
         history.on_commit = lambda channel, epoch, publications: heard.extend(publications)
         await say(history, "a", "before")
         try:
@@ -193,8 +214,9 @@ async def test_three_writers_lose_their_primary(hurt: str, database: str, log: E
     done = asyncio.Event()
     heard: dict[int, list[tuple[int, bytes]]] = {0: [], 1: [], 2: []}
     async with AsyncExitStack() as stack:
+        drivers = ("motor", "pymongo", "motor")
         histories = [
-            await stack.enter_async_context(opened(database, driver=DRIVERS[number % 2])) for number in range(3)
+            await stack.enter_async_context(opened(database, driver=driver, publish_timeout="3s")) for driver in drivers
         ]
         for number, history in enumerate(histories):
             history.on_commit = lambda channel, epoch, publications, mine=heard[number]: mine.extend(  # type: ignore[misc]
@@ -240,9 +262,9 @@ async def test_a_majority_that_cannot_be_had(database: str, log: ExpectedLog) ->
     """Two of three members stopped: error in time, the key says so too; then it is stored once, and told once."""
     log.expect("history.commit_failed", "history.read_failed")
     heard: list[bytes] = []
-    async with opened(database, publish_timeout="1s") as history:
+    async with opened(database, publish_timeout="1s") as history, opened(database) as other:
         history.on_commit = lambda channel, epoch, publications: heard.extend(each.data for each in publications)
-        await say(history, "a", "before")
+        await retried(history, "a", Draft(b"before", key="before"))
         with disturbing(shared_set()) as replica_set:
             for member in replica_set.secondaries():
                 member.stop()
@@ -254,7 +276,7 @@ async def test_a_majority_that_cannot_be_had(database: str, log: ExpectedLog) ->
                 return_exceptions=True,
             )
             assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < IN_TIME_S
             with pytest.raises(Unavailable):
                 await history.append("a", keyed, FOREVER, NOW)
             assert history.trouble
@@ -264,16 +286,17 @@ async def test_a_majority_that_cannot_be_had(database: str, log: ExpectedLog) ->
         assert again.position.offset == 2
         # Told already, or by this very call: it asks for the outcome of the first one, and that comes once.
         assert heard.count(b"keyed") == 1
-        assert await history.append("a", keyed, FOREVER, NOW) == Appended(again.position, repeated=True)
+        assert await retried(history, "a", keyed) == Appended(again.position, repeated=True)
         await until(lambda: _true(history.trouble == ""), "all is well again")
-        assert [each.data for each in (await everything(history, "a")).publications] == [b"before", b"keyed"]
+        assert [each.data for each in (await everything(other, "a")).publications] == [b"before", b"keyed"]
 
 
 async def test_away_and_back(database: str, log: ExpectedLog) -> None:
     """All members dead: everything says Unavailable in time and why; afterwards all goes on, by itself."""
     log.expect("history.commit_failed", "history.read_failed")
-    async with opened(database, publish_timeout="1s") as history:
-        await say(history, "a", "1")
+    async with opened(database, publish_timeout="1s") as history, opened(database) as other:
+        await retried(history, "a", Draft(b"1", key="1"))
+        before = Counter(each.getMessage() for each in log.records)
         with disturbing(shared_set()) as replica_set:
             for member in replica_set.members:
                 member.kill()
@@ -289,22 +312,24 @@ async def test_away_and_back(database: str, log: ExpectedLog) -> None:
             ]
             outcomes = await asyncio.gather(*waits, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [Unavailable] * len(waits)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < IN_TIME_S
             assert history.trouble
+            told = Counter(each.getMessage() for each in log.records) - before
+            assert told["history.commit_failed"] == told["history.read_failed"] == 1
             await asyncio.to_thread(replica_set.recover)
-        await history.sweep(lambda channel: FOREVER, NOW)
+        await until(lambda: swept(history), "history can be swept")
         assert (await retried(history, "a", Draft(b"2", key="k"))).position.offset == 2
         await until(lambda: _true(history.trouble == ""), "all is well again")
-        assert len((await everything(history, "a")).publications) == 2
-    assert len(log.seen("history.commit_failed")) == len(log.seen("history.commit_recovered")) == 1
-    assert len(log.seen("history.read_failed")) == len(log.seen("history.read_recovered")) == 1
+        assert len((await everything(other, "a")).publications) == 2
+    assert len(log.seen("history.commit_failed")) == len(log.seen("history.commit_recovered"))
+    assert len(log.seen("history.read_failed")) == len(log.seen("history.read_recovered"))
 
 
 async def test_what_nobody_sent_is_dropped_with_its_publisher(database: str, log: ExpectedLog) -> None:
     """Behind a commit in doubt: who was told that it failed is not published an hour later, and the queue is free."""
     log.expect("history.commit_failed", "history.read_failed")
-    async with opened(database, publish_timeout="1s") as history:
-        await say(history, "a", "1")
+    async with opened(database, publish_timeout="1s") as history, opened(database) as other:
+        await retried(history, "a", Draft(b"1", key="1"))
         with disturbing(shared_set()) as replica_set:
             for member in replica_set.members:
                 member.stop()
@@ -318,8 +343,8 @@ async def test_what_nobody_sent_is_dropped_with_its_publisher(database: str, log
             with pytest.raises(Unavailable):
                 await first
             await asyncio.to_thread(replica_set.recover)
-        assert (await retried(history, "a", Draft(b"after"))).position.offset == 3
-        data = [each.data for each in (await everything(history, "a")).publications]
+        assert (await retried(history, "a", Draft(b"after", key="after"))).position.offset == 3
+        data = [each.data for each in (await everything(other, "a")).publications]
         assert data == [b"1", b"in doubt", b"after"]
 
 
@@ -328,7 +353,7 @@ async def test_close_has_an_end(driver: str, database: str, log: ExpectedLog) ->
     """With a commit in doubt and nobody answering, close ends in time, and whoever waits is told."""
     log.expect("history.commit_failed")
     async with opened(database, publish_timeout="2s", driver=driver) as history:
-        await say(history, "a", "1")
+        await retried(history, "a", Draft(b"1", key="1"))
         with disturbing(shared_set()) as replica_set:
             for member in replica_set.members:
                 member.stop()
@@ -336,7 +361,7 @@ async def test_close_has_an_end(driver: str, database: str, log: ExpectedLog) ->
             await asyncio.sleep(0)
             began = time.monotonic()
             await history.close()
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < IN_TIME_S
             with pytest.raises(Unavailable):
                 await waiting
             with pytest.raises(Unavailable, match="not open"):
@@ -358,8 +383,10 @@ async def test_cuts_lose_and_double_nothing(database: str, log: ExpectedLog) -> 
         for proxy in proxies:
             await stack.enter_async_context(proxy)
         await asyncio.to_thread(replica_set.start)
+        url = replica_set.url
         histories = [
-            await stack.enter_async_context(opened(database, url=replica_set.url, driver=driver)) for driver in DRIVERS
+            await stack.enter_async_context(opened(database, url=url, driver=driver, publish_timeout="3s"))
+            for driver in DRIVERS
         ]
         known: dict[str, Position] = {}
 
@@ -384,7 +411,8 @@ async def test_cuts_lose_and_double_nothing(database: str, log: ExpectedLog) -> 
                 for proxy in proxies:
                     proxy.flow()
         await publishing
-        page = await everything(histories[0], "a")
+        other = await stack.enter_async_context(opened(database, url=url))
+        page = await everything(other, "a")
         assert {each.data.decode(): each.offset for each in page.publications} == {
             key: position.offset for key, position in known.items()
         }
@@ -448,7 +476,10 @@ async def test_a_version_whose_outcome_is_unknown(failure: str, database: str, l
     log.expect("history.commit_failed")
     times, how = FAILURES[failure]
     primary = shared_set().primary()
-    async with opened(database) as left, opened(database, driver="pymongo") as right:
+    async with (
+        opened(database, publish_timeout=HURT_TIMEOUT) as left,
+        opened(database, publish_timeout=HURT_TIMEOUT, driver="pymongo") as right,
+    ):
         await tell(left, 1)
         try:
             await asyncio.to_thread(lambda: primary.fail("insert", times=times, **how))
@@ -617,12 +648,12 @@ async def test_what_was_announced_is_read(database: str) -> None:
         with queries(database) as asked:
             assert (await right.append("a", Draft(b"3"), FOREVER, NOW)).position.offset == 3
         assert asked == []
-        left.heard("a", Position(9, "another life"), NOW)
-        left.heard("a", Position(4, first.epoch), NOW)
+    async with opened(database, publish_timeout="3s") as deceived:
+        deceived.heard("a", Position(9, "another life"), NOW)
+        deceived.heard("a", Position(4, first.epoch), NOW)
         with pytest.raises(Unavailable, match="older"):
             # Nobody but a liar announces what is not there; better no answer than one that contradicts it.
-            async with asyncio.timeout(10):
-                await left.read("a", FOREVER, NOW)
+            await deceived.read("a", FOREVER, NOW)
 
 
 @contextmanager
@@ -792,22 +823,23 @@ async def test_documents_that_are_not_ours_are_skipped_and_named(database: str, 
 async def test_a_slot_that_a_stranger_holds_costs_its_channel_alone(database: str, log: ExpectedLog) -> None:
     """Nothing can be published where somebody else's document stands: Unavailable, named; other channels go on."""
     log.expect("history.document_skipped", "history.commit_failed")
-    async with opened(database, publish_timeout="1s") as history:
-        await say(history, "a", "1")
+    async with opened(database, publish_timeout="3s") as history, opened(database) as other:
+        await retried(history, "a", Draft(b"1", key="1"))
         with inside(database) as seen:
             seen["log"].insert_one({"_id": {"channel": "a", "first": 2}, "junk": True})
             with pytest.raises(Unavailable):
                 await say(history, "a", "2")
-            assert await say(history, "b", "1", "2") == [1, 2]
-            assert len((await everything(history, "a")).publications) == 1
+            beside = [(await retried(history, "b", Draft(b"", key=key))).position.offset for key in "12"]
+            assert beside == [1, 2]
+            assert len((await everything(other, "a")).publications) == 1
             seen["log"].delete_one({"junk": True})
-        assert (await retried(history, "a", Draft(b"3"))).position.offset in (2, 3)
+        assert (await retried(history, "a", Draft(b"3", key="3"))).position.offset in (2, 3)
 
 
 async def test_a_channel_that_a_stranger_holds_costs_its_publishers_alone(database: str, log: ExpectedLog) -> None:
     """A document of ``channels`` that is not ours, and a lie about a top: those who are looked at with it go on."""
     log.expect("history.document_skipped", "history.commit_failed")
-    async with opened(database, publish_timeout="2s") as history, opened(database) as other:
+    async with opened(database, publish_timeout="6s") as history, opened(database) as other:
         elsewhere = (await other.append("lied about", Draft(b""), FOREVER, NOW)).position
         with inside(database) as seen:
             seen["channels"].insert_one({"_id": "theirs", "epoch": 5})
@@ -857,12 +889,12 @@ async def test_what_cannot_be_stored_harms_nobody_else(database: str) -> None:
 
 
 async def refusal(settings: dict[str, Any]) -> str:
-    """What ``open`` says, within ten seconds; everything else says Unavailable as well, and close is harmless."""
+    """What ``open`` says, in time; everything else says Unavailable as well, and close is harmless."""
     history = MongoHistory(MongoSettings.model_validate(settings))
     began = time.monotonic()
     with pytest.raises(Unavailable) as unavailable:
         await history.open()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < IN_TIME_S
     assert history.trouble == str(unavailable.value)
     with pytest.raises(Unavailable):
         await history.append("a", Draft(b""), FOREVER, NOW)
