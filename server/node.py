@@ -44,6 +44,7 @@ from server.members import Members
 from server.metrics import Counts
 from server.observe import event
 from server.ordering import Orderable, Ordering
+from server.pace import Pace
 from server.pages import NEWEST, Pages, Recovery, patiently
 from server.parts import Parts
 from server.peers import Peers
@@ -169,7 +170,8 @@ class Node:
             at_once=settings.client.concurrent_recovery_limit,
             per_second=settings.client.recovery_rate_limit,
         )
-        self.positioning = Positioning(self.hub, self.pages, self.tasks, self.counts, lambda: self.now_ms)
+        self.pace = Pace()
+        self.positioning = Positioning(self.hub, self.pages, self.pace, self.tasks, self.counts, lambda: self.now_ms)
         self.members = Members(
             presence, broker, self.hub, self.channels, self.tasks, clock, self.positioning.check_all, self.counts
         )
@@ -339,9 +341,13 @@ class Node:
                 return Appended(Position(), repeated=True)
             self.publish_passing(channel, Publication(draft.data, info=draft.info, tags=draft.tags))
             return Appended(Position())
-        return await patiently(
-            self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
-        )
+        self.pace.committing()
+        try:
+            return await patiently(
+                self.history.append(channel, draft, namespace.retention, self.now_ms), patience_s or self.patience_s
+            )
+        finally:
+            self.pace.committed()
 
     def check_rate(self, whose: str, channel: str, now: float) -> None:
         """Raises ``Refused(TOO_MANY_REQUESTS)`` for who publishes too often in this channel (PROTOCOL 18)."""
@@ -503,14 +509,34 @@ class Node:
             if subscription.closed:
                 raise Unsubscribed
         await self._follow(feed)
-        if not kept:
-            return None
+        return await self._page(subscription, feed, recovery) if kept else None
+
+    async def _page(self, subscription: Subscription, feed: Feed, recovery: Recovery | None) -> Page:
         if recovery is None:
             return await self.pages.after(feed, NEWEST)
         if recovery.newest:
             return await self.pages.newest(feed, filtered=subscription.manner.filter is not None)
         since = recovery.since
-        return self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
+        while True:
+            page = self.hub.recall(feed, since, self.now_ms) or await self.pages.after(feed, since.offset)
+            erasures = feed.erasures
+            await self.pace.sending(len(page.publications))
+            if feed.erasures == erasures:
+                return page
+
+    async def enter(self, subscription: Subscription, page: Page | None, recovery: Recovery | None) -> Page | None:
+        """Enter a subscription into presence, behind ``subscribe``, which gave ``page``.
+
+        Gives the page for its reply: another one if something was erased meanwhile.
+        Raises ``errors.Unavailable``.
+        """
+        feed = subscription.feed
+        assert feed is not None, f"{subscription!r} has no feed"
+        erasures = feed.erasures
+        await self.members.enter(subscription)
+        if page is None or subscription.closed or feed.erasures == erasures:
+            return page
+        return await patiently(self._page(subscription, feed, recovery), self.patience_s)
 
     async def _follow(self, feed: Feed) -> None:
         """Wait until what others say here is heard, or until the broker says that it cannot be now.

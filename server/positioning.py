@@ -14,7 +14,6 @@ PROTOCOL 11.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
@@ -23,19 +22,13 @@ from server.hub import Feed, Hub, Step, Subscription
 from server.metrics import Counts
 from server.observe import event
 from server.outbox import Outbox
+from server.pace import Pace
 from server.pages import Pages
 from server.stream import Position, catch_up
 from server.tasks import Tasks
 
 HOLE_PATIENCE_S = 0.03
 """How long a hole may fill itself before history is asked: words overtake one another by milliseconds."""
-
-TURN_PAGES = 1
-"""How many pages are sent to those who catch up in one turn of the loop, before the live ones have theirs.
-
-With 100 who catch up on 10,000 at once the p99 of 1,000 live ones was 8.3 times its usual without it, 4.7 times with
-four pages a turn, and is 3.0 times with one (``make bench WORKS=recovery``, November 2026).
-"""
 
 RETRY_S = 1.0
 """How long after history failed a repair or a catching-up subscription asks again."""
@@ -44,17 +37,16 @@ RETRY_S = 1.0
 class Positioning:
     """See the module's docstring; ``now_ms()`` is Unix time."""
 
-    def __init__(self, hub: Hub, pages: Pages, tasks: Tasks, counts: Counts, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, hub: Hub, pages: Pages, pace: Pace, tasks: Tasks, counts: Counts, now_ms: Callable[[], int]
+    ) -> None:
         self._hub = hub
         self._pages = pages
+        self._pace = pace
         self._tasks = tasks
         self._counts = counts
         self._now_ms = now_ms
         self._turns: WeakValueDictionary[Outbox, asyncio.Lock] = WeakValueDictionary()
-        self._sent = 0
-        """Pages that were sent in this turn of the loop."""
-        self._line: deque[asyncio.Future[None]] = deque()
-        """Those whose pages are for later turns."""
         self._unchecked = False
 
     # --- repair ---------------------------------------------------------------
@@ -151,7 +143,8 @@ class Positioning:
                 else:
                     async with turn:
                         await subscription.outbox.drained()
-                        step = await self._read_on(subscription)
+                        async with self._pace.room:
+                            step = await self._read_on(subscription)
             except Disconnected as end:
                 if not subscription.closed:
                     subscription.session.disconnect(end.disconnect, "it did not take its history")
@@ -166,35 +159,17 @@ class Positioning:
             if subscription.closed:
                 return
 
-    async def _place(self) -> None:
-        """Wait for a turn of the loop in which few others send a page: all who read the same one have it at once."""
-        if self._line or self._sent >= TURN_PAGES:
-            place = asyncio.get_running_loop().create_future()
-            self._line.append(place)
-            await place
-            return
-        if not self._sent:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        self._sent += 1
-
-    def _next_turn(self) -> None:
-        self._sent = 0
-        while self._line and self._sent < TURN_PAGES:
-            place = self._line.popleft()
-            if not place.done():  # cancelled
-                place.set_result(None)
-                self._sent += 1
-        if self._sent:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-
     async def _read_on(self, subscription: Subscription) -> Step:
         feed, cursor = subscription.feed, subscription.cursor
         if feed is None or cursor is None:
             return Step.LIVE
         since = cursor.position
-        page = self._hub.recall(feed, since, self._now_ms()) or await self._pages.after(feed, since.offset)
+        page = self._hub.recall(feed, since, self._now_ms())
+        if page is None:
+            await self._pace.reading()
+            page = await self._pages.after(feed, since.offset)
         erasures = feed.erasures
-        await self._place()
+        await self._pace.sending(len(page.publications))
         if subscription.closed:
             return Step.LIVE
         if feed.erasures != erasures:  # the page may hold what has been erased since

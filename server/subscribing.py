@@ -248,7 +248,7 @@ async def join(
         recovery = Recovery(since, asked_at, owner_of(session.user, session.request.remote_addr), cached)
     try:
         page = await session.node.subscribe(subscription, recovery)
-        await session.node.members.enter(subscription)
+        page = await session.node.enter(subscription, page, recovery)
         if subscription.closed:
             raise Unsubscribed
         result = _result(session, subscription, request, since, page)

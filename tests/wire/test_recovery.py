@@ -8,6 +8,8 @@ import pytest
 from conftest import ExpectedLog
 from support import KEPT, OPEN, Client, Site, serving, settings, token
 
+from server import pace
+from server.history import Appended
 from server.history.memory import MemoryHistory
 from server.orders import Target, UnsubscribeOrder
 from server.session import Session
@@ -62,6 +64,51 @@ async def test_a_crowd_that_catches_up_is_sent_a_page_a_turn() -> None:
         watching.cancel()
         assert 0 < most <= 2 * PAGE_PUBLICATIONS, "what was under way when the watcher looked, and the next page"
         for client in (publisher, *clients):
+            await client.close()
+
+
+class HeldHistory(MemoryHistory):
+    """What is appended waits for ``goes_on``, if there is one."""
+
+    goes_on: asyncio.Event | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+
+    async def append(self, *arguments: Any) -> Appended:
+        """See ``MemoryHistory.append``."""
+        if self.goes_on is not None:
+            self.asked.set()
+            await self.goes_on.wait()
+        return await super().append(*arguments)
+
+
+async def test_who_catches_up_waits_for_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody waits for a commit no page is sent, neither in a reply nor behind it; then all of it is."""
+    monkeypatch.setattr(pace, "HOLD_S", 1_000)
+    history = HeldHistory()
+    async with serving(_spaces(), history=history) as site:
+        publisher, behind, there = [await Client.connected(site.url) for _ in range(3)]
+        await _publish(publisher, "chat:long", 350)
+        await _publish(publisher, "chat:other", 1)
+        long = {"recover": True, "epoch": await _epoch(publisher, "chat:long"), "offset": 0}
+        other = {"recover": True, "epoch": await _epoch(publisher, "chat:other"), "offset": 1}
+        history.goes_on = asyncio.Event()
+        publishing = asyncio.create_task(publisher.ask("publish", channel="chat:other", data=2))
+        await history.asked.wait()
+        held = asyncio.create_task(behind.ask("subscribe", channel="chat:long", **long))
+        for _ in range(3):
+            await there.ask("subscribe", channel="chat:other", **other)  # nothing was missed there
+            await there.ask("unsubscribe", channel="chat:other")
+        early = held.done()
+        history.goes_on.set()
+        first = (await held)["publications"]
+        assert not early
+        rest = await behind.publications("chat:long", 350 - len(first))
+        assert _offsets(first) + _offsets(rest) == list(range(1, 351))
+        await publishing
+        for client in (publisher, behind, there):
             await client.close()
 
 

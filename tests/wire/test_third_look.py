@@ -12,6 +12,7 @@ import pytest
 from hopper import ask, head_of, read_head
 from support import KEPT, Client, Process, config, serving, settings
 from test_leaving import HANDSHAKE
+from test_rest_events import SlowPresence
 
 from handlers import deflate, frames
 from handlers.origins import origin_allowed
@@ -217,6 +218,20 @@ async def test_what_is_erased_while_it_is_read() -> None:
         assert [pub.get("data") for pub in result["publications"]] == [1, None, 3]
         result = await second.ask("subscribe", channel="chat:1", recover=True, epoch=result["epoch"])
         assert [pub.get("data") for pub in result["publications"]] == [1, None, 3]
+
+
+async def test_what_is_erased_while_its_reader_is_entered() -> None:
+    """PROTOCOL 15.2: nor is one that is redacted between the page and the reply, as when presence takes its time."""
+    presence = SlowPresence()
+    async with serving(presence=presence) as site:
+        returning = await Client.connected(site.url)
+        await _say(site.node, "chat:1", 1, 22222, 3)
+        asking = asyncio.create_task(returning.ask("subscribe", channel="chat:1", recover=True))
+        await presence.asked.wait()
+        await site.node.redact("chat:1", 2)
+        presence.open_door.set()
+        assert [pub.get("data") for pub in (await asking)["publications"]] == [1, None, 3]
+        await returning.close()
 
 
 # --- going away ------------------------------------------------------------------------------------
