@@ -495,10 +495,11 @@ async def harness(app: App | None = None, /, **sections: Any) -> AsyncIterator[W
     may be used in one world at a time, and in many one after the other.
     """
     # Of what a newcomer can try, all but the console, which would ask for a password: nobody can open it here.
-    # And no limits by the clock, which stands still while a test says a hundred things.
+    # And no limits by the clock, which stands still while a test says a hundred things; nor gives memory up early.
     unhurried = {"command_rate_limit": 0, "publish_rate_limit": 0, "token": {"hmac_secret_key": KEY}}
     base = {**TRY_OUT, "admin": {}, "client": {**TRY_OUT["client"], **unhurried}}
-    settings = load(config=None, environ={}, flags={**_merged(base, sections), "sqlite": {"path": ":memory:"}})
+    memory = {"path": ":memory:", "publish_timeout": f"{PATIENCE_S:g}s"}
+    settings = load(config=None, environ={}, flags={**_merged(base, sections), "sqlite": memory})
     clock = _Clock()
     node = Node(
         history=MemoryHistory(idempotency_ttl_ms=int(settings.channel.idempotency_ttl * 1000)),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from patience import be_patient, impatient
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 """A busy machine is no fault of ours: what must not grow is counted, not timed."""
+
+be_patient()
+
+
+@pytest.fixture
+def as_in_service() -> Iterator[None]:
+    """Ask for it to have every part as impatient as it is in service: for tests about that."""
+    with impatient():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,12 +19,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import tornado.netutil
 import websockets
 from centrifuge.protocol import client_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
+from patience import PATIENT_S
 from ports import free_port
 
 import run
@@ -46,6 +47,7 @@ from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 15.0
+PATIENTLY = f"{PATIENT_S:g}s"
 
 OPEN: dict[str, Any] = {
     "allow_subscribe_for_client": True,
@@ -65,6 +67,7 @@ def config(**sections: Any) -> dict[str, Any]:
     """A configuration for tests: tokens by ``SECRET``, anonymous allowed, namespaces chat (kept) and live (passing).
 
     Tests are quicker than people: nobody is told off for that, but where a test says so.
+    Machines may stand still for seconds: nothing is given up for that, but where a test says so.
     """
     base: dict[str, Any] = {
         "client": {
@@ -84,7 +87,9 @@ def config(**sections: Any) -> dict[str, Any]:
         },
         "rest": {"read_rate_limit": 0},
         "http_api": {"key": "api-key"},
-        "sqlite": {"path": ":memory:"},
+        "sqlite": {"path": ":memory:", "publish_timeout": PATIENTLY},
+        "mongo": {"publish_timeout": PATIENTLY},
+        "app": {"timeout": PATIENTLY},
         "shutdown": {"grace": "0s", "pace": 0},
     }
     return _merged(base, sections)
@@ -110,19 +115,32 @@ def token(claims: Mapping[str, Any], secret: str = SECRET) -> str:
 
 # --- a server inside this process ----------------------------------------------
 class Clock:
-    """The time of a server under test: the real one, or that of ``stop``, moved by ``ahead_s``."""
+    """The time of a server under test: that of its start, moved by ``ahead_s`` alone, or the real one (``run``).
+
+    Those that are there together began at the same time, however long it took to start their servers.
+    """
+
+    going: ClassVar[list["Clock"]] = []
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
-        self._stopped_at: float | None = None
+        self._began = self.going[0]._began if self.going else time.time()
+        self._runs = False
 
-    def stop(self) -> None:
-        """From now on only ``ahead_s`` moves it: for tests that count what a rate allows, on however busy a machine."""
-        self._stopped_at = time.time()
+    def run(self) -> None:
+        """From now on it is the real one, moved by ``ahead_s``."""
+        self._runs = True
+
+    def __enter__(self) -> Self:
+        self.going.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.going.remove(self)
 
     def __call__(self) -> float:
         """Unix seconds."""
-        return (time.time() if self._stopped_at is None else self._stopped_at) + self.ahead_s
+        return (time.time() if self._runs else self._began) + self.ahead_s
 
 
 class Site:
@@ -159,31 +177,32 @@ async def serving(
 ) -> AsyncIterator[Site]:
     """A node and its web application on a free port of this loop; time passes only as the test says."""
     chosen = settings_ or settings()
-    clock = Clock()
-    node = Node(
-        history=history or MemoryHistory(idempotency_ttl_ms=86_400_000),
-        broker=broker or MemoryBroker(),
-        presence=presence or MemoryPresence(chosen.presence.lease),
-        blocks=blocks or MemoryBlocks(),
-        settings=chosen,
-        clock=clock,
-        name="test",
-    )
-    gate = run.make_gate(chosen)
-    await node.open(patiently=patiently)
-    sockets = make_sockets(node, gate)
-    servers = [run.make_server(make_app(node, sockets), None)]
-    listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
-    servers[0].add_sockets(listening)
-    if chosen.http_server.internal_port:
-        servers.append(run.make_server(make_internal_app(node, sockets), None))
-        servers[1].add_sockets(run.bind_internal(chosen.http_server))
-    try:
-        yield Site(node, gate, sockets, clock, listening[0].getsockname()[1])
-    finally:
-        await run.make_leaving(node, sockets, servers).leave(graceful=False)
-        sockets.check_stalled(math.inf)  # what a program's end would close with it
-        await run.close(node, gate, servers)
+    with Clock() as clock:
+        node = Node(
+            history=history or MemoryHistory(idempotency_ttl_ms=86_400_000),
+            broker=broker or MemoryBroker(),
+            presence=presence or MemoryPresence(chosen.presence.lease),
+            blocks=blocks or MemoryBlocks(),
+            settings=chosen,
+            clock=clock,
+            name="test",
+        )
+        gate = run.make_gate(chosen)
+        gate.keys._timeout_s = PATIENT_S
+        await node.open(patiently=patiently)
+        sockets = make_sockets(node, gate)
+        servers = [run.make_server(make_app(node, sockets), None)]
+        listening = tornado.netutil.bind_sockets(0, "127.0.0.1")
+        servers[0].add_sockets(listening)
+        if chosen.http_server.internal_port:
+            servers.append(run.make_server(make_internal_app(node, sockets), None))
+            servers[1].add_sockets(run.bind_internal(chosen.http_server))
+        try:
+            yield Site(node, gate, sockets, clock, listening[0].getsockname()[1])
+        finally:
+            await run.make_leaving(node, sockets, servers).leave(graceful=False)
+            sockets.check_stalled(math.inf)  # what a program's end would close with it
+            await run.close(node, gate, servers)
 
 
 @asynccontextmanager

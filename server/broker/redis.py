@@ -689,7 +689,8 @@ class Ear(Line):
             self._flush_soon()
         if not ledger.settled:
             return
-        if self.trouble or self._lost:
+        opening = self._first is not None and not self._first.done()
+        if self.trouble or self._lost or opening:  # a first answer that was late has ended the trouble already
             self._well()
         if self.missing and not outcome.refused:
             self.missing = False

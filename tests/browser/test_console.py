@@ -117,6 +117,7 @@ async def test_a_pass_that_has_run_out_leads_to_the_login(browser: Browser, log:
 async def test_overview_is_live(browser: Browser) -> None:
     """Clients, rates, processes and ends are shown, and follow what happens; there is a line for each graph."""
     async with console(browser) as (site, page):
+        site.clock.run()
         await shown(page, "#graph-clients", "0")
         clients = [await Client.connected(site.url, token=token({"sub": f"user {n}"})) for n in range(3)]
         for client in clients:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from crowd import call_api
 from mongod import disturbing, shared_set
+from patience import PATIENT_S, awake
 from redis_server import RedisCluster, Sentinels
 from stage import Place, Stage, asked_until, staging
 from support import Client, token
@@ -21,7 +22,7 @@ LEASE_S = 3.0
 FADE_S = LEASE_S + 2
 SWEEP_S = 5.0
 SLACK_S = 3.0
-"""What a busy machine may add to the times that are promised."""
+"""What a busy machine may add to the times that are promised, besides those for which it stands still."""
 
 LOSSES = ["primary killed", "primary stopped", "primary stepped down", "majority frozen", "mongo killed"]
 
@@ -36,7 +37,7 @@ SHORT_TIMEOUT_S = 1.5
 
 @asynccontextmanager
 async def _stage(
-    folder: Path, processes: int = 2, publish_timeout_s: float = 4.0, **sections: Any
+    folder: Path, processes: int = 2, publish_timeout_s: float = PATIENT_S, **sections: Any
 ) -> AsyncIterator[Stage]:
     """Processes with a short lease; the shared set is whole in the end."""
     config: dict[str, Any] = {
@@ -52,9 +53,22 @@ async def _stage(
 async def _present(place: Place, *channels: str, user: str = "") -> Client:
     """A client of ``place`` that follows these channels."""
     client = await Client.connected(place.url, token=token({"sub": user}) if user else "")
-    for channel in channels:
-        await client.ask("subscribe", channel=channel)
+    for channel in channels:  # a process gives Redis a second; whoever is refused for that asks again, as an SDK does
+        await asked_until(lambda channel=channel: client.call("subscribe", channel=channel), _not_put_off)  # type: ignore[misc]
     return client
+
+
+def _not_put_off(answer: dict[str, Any]) -> bool:
+    """Is it another answer than error 100, which says to try again?"""
+    return bool(answer.get("error", {}).get("code") != 100)
+
+
+@asynccontextmanager
+async def _within(limit_s: float) -> AsyncIterator[None]:
+    """What is done inside takes no longer, but for the slack."""
+    async with awake() as watch:
+        yield
+    assert watch.s < limit_s + SLACK_S
 
 
 async def _say(place: Place, channel: str, data: Any, key: str = "") -> dict[str, Any]:
@@ -109,7 +123,8 @@ def _told(client: Client, kind: str, channel: str, whom: str) -> int:
 
 async def _members(place: Place, channel: str) -> set[str]:
     """Client ids of who is there, as the process at ``place`` tells it."""
-    return set((await call_api(place, "presence", {"channel": channel}))["result"]["presence"])
+    answer = await asked_until(lambda: call_api(place, "presence", {"channel": channel}), _not_put_off)
+    return set(answer["result"]["presence"])
 
 
 async def _history(place: Place, channel: str) -> list[Any]:
@@ -133,7 +148,8 @@ async def test_killed_between_commit_and_announcement(tmp_path: Path) -> None:
         one.redis.stall()
         assert await _position(one, "chat:1", "unannounced") == 2
         await one.kill()
-        await eve.until(lambda: "unannounced" in _heard(eve, "chat:1"), SWEEP_S + SLACK_S)
+        async with _within(SWEEP_S):
+            await eve.until(lambda: "unannounced" in _heard(eve, "chat:1"))
         assert _heard(eve, "chat:1") == ["first", "unannounced"]
         assert (await bob.closed())[0] == 1006
         back = await Client.connected(other.url)
@@ -153,7 +169,7 @@ async def test_members_of_a_dead_process_fade_once(tmp_path: Path) -> None:
         for client in watching:
             await _all_told(client, "join", "room:1", dead)
         await victim.kill()
-        async with asyncio.timeout(FADE_S + SLACK_S):
+        async with _within(FADE_S):
             for place in survivors:
                 await _fade(place, "room:1", dead)
             for client in watching:
@@ -176,7 +192,8 @@ async def test_a_process_stopped_for_longer_than_its_lease(tmp_path: Path) -> No
         whom = bob.hello["client"]
         await bob.until(lambda: _told(bob, "join", "room:1", eve.hello["client"]) == 1)
         sleeper.stop()
-        await eve.until(lambda: _told(eve, "leave", "room:1", whom) == 1, FADE_S + SLACK_S)
+        async with _within(FADE_S):
+            await eve.until(lambda: _told(eve, "leave", "room:1", whom) == 1)
         assert await _members(other, "room:1") == {eve.hello["client"]}
         for number in range(3):
             assert await _position(other, "room:1", number) == number + 1
@@ -184,7 +201,8 @@ async def test_a_process_stopped_for_longer_than_its_lease(tmp_path: Path) -> No
         await bob.until(lambda: _heard(bob, "room:1") == [0, 1, 2])
         await eve.until(lambda: _told(eve, "join", "room:1", whom) >= 1)
         both = {whom, eve.hello["client"]}
-        await asked_until(lambda: _members(other, "room:1"), lambda them: them == both, FADE_S + SLACK_S)
+        async with _within(FADE_S):
+            await asked_until(lambda: _members(other, "room:1"), lambda them: them == both)
         assert await _position(sleeper, "room:1", 3) == 4
         for client in (bob, eve):
             await _hears(client, "room:1", [0, 1, 2, 3])
@@ -203,7 +221,8 @@ async def test_redis_dies_and_comes_back_empty(tmp_path: Path) -> None:
         async with stage.broken("redis emptied", one):
             for number in range(5):
                 assert await _position(one, "chat:1", number) == number + 1
-            await eve.until(lambda: len(_heard(eve, "chat:1")) == 5, SWEEP_S + SLACK_S)
+            async with _within(SWEEP_S):
+                await eve.until(lambda: len(_heard(eve, "chat:1")) == 5)
             await one.ready(503)
             assert await _say(one, "live:1", "here only") == {"result": {}}
             await bob.until(lambda: _heard(bob, "live:1") == ["here only"])
@@ -212,7 +231,8 @@ async def test_redis_dies_and_comes_back_empty(tmp_path: Path) -> None:
         await _say_until_heard(one, "live:1", "everywhere", eve)
         assert await _position(other, "chat:1", 5) == 6
         ids = {client.hello["client"] for client in (bob, eve)}
-        await asked_until(lambda: _members(one, "live:1"), lambda them: them == ids, FADE_S + SLACK_S)
+        async with _within(FADE_S):
+            await asked_until(lambda: _members(one, "live:1"), lambda them: them == ids)
         for client in (bob, eve):
             await _hears(client, "chat:1", [0, 1, 2, 3, 4, 5])
             assert client.close_code is None
@@ -229,7 +249,8 @@ async def test_redis_out_of_reach(tmp_path: Path, kind: str) -> None:
             await one.ready(503)
             for number in range(3):
                 assert await _position(other, "chat:1", number) == number + 1
-            await eve.until(lambda: len(_heard(eve, "chat:1")) == 3, SWEEP_S + SLACK_S)
+            async with _within(SWEEP_S):
+                await eve.until(lambda: len(_heard(eve, "chat:1")) == 3)
         await one.ready()
         await _say_until_heard(other, "live:1", "again", eve)
         assert _heard(eve, "chat:1") == [0, 1, 2]
@@ -302,9 +323,8 @@ async def test_mongodb_is_away(tmp_path: Path, kind: str) -> None:
         assert await _position(one, "chat:1", "before") == 1
         await eve.until(lambda: _heard(eve, "chat:1") == ["before"])
         async with stage.broken(kind, one), stage.broken(kind, other):
-            began = asyncio.get_running_loop().time()
-            assert await ann.refused("publish", channel="chat:1", data="lost?") == 100
-            assert asyncio.get_running_loop().time() - began < SHORT_TIMEOUT_S + SLACK_S
+            async with _within(SHORT_TIMEOUT_S):
+                assert await ann.refused("publish", channel="chat:1", data="lost?") == 100
             assert (await _say(other, "chat:2", "lost?"))["error"]["code"] == 100
             assert await ann.refused("subscribe", channel="chat:3") == 100
             assert await ann.refused("history", channel="chat:1", limit=1) == 100

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pymongo
 import pytest
 from mongod import disturbing, fresh_database, shared_set
+from support import PATIENTLY
 
 from server.blocks import BLOCKS, KEPT_MS, Block, Blocks, Record, adding, lifting
 from server.blocks.memory import MemoryBlocks, Shelf
@@ -55,11 +56,11 @@ def _databases() -> Iterator[None]:
                 client.drop_database(DATABASES.pop())
 
 
-def mongo(driver: str) -> Callable[[Path], Callable[[], Blocks]]:
+def mongo(driver: str, publish_timeout: str = PATIENTLY) -> Callable[[Path], Callable[[], Blocks]]:
     """Blocks in one database of the shared replica set."""
 
     def place(folder: Path) -> Callable[[], Blocks]:
-        options: Any = {"url": shared_set().url, "driver": driver, "publish_timeout": "10s"}
+        options: Any = {"url": shared_set().url, "driver": driver, "publish_timeout": publish_timeout}
         settings = MongoSettings(database=new_database(), **options)
         return lambda: MongoBlocks(settings)
 
@@ -270,7 +271,7 @@ async def test_a_locked_file_is_a_fault_that_passes(tmp_path: Path) -> None:
 async def test_a_document_that_is_not_ours_is_named(tmp_path: Path) -> None:
     """What somebody else has put among the records is a fault in words, and not a trace."""
     database = new_database()
-    options: Any = {"url": shared_set().url, "publish_timeout": "10s"}
+    options: Any = {"url": shared_set().url, "publish_timeout": PATIENTLY}
     async with Opened(lambda: MongoBlocks(MongoSettings(database=database, **options)), 1) as (blocks,):
         with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
             client[database]["blocks"].insert_one({"_id": "ann", "revision": "one"})
@@ -282,7 +283,7 @@ async def test_a_document_that_is_not_ours_is_named(tmp_path: Path) -> None:
 async def test_a_cut_is_an_unknown_outcome_and_the_same_change_again_is_harmless(driver: str) -> None:
     """A server that cuts each attempt makes a change ``Unavailable``; made again it holds once."""
     with disturbing(shared_set()) as replica_set:
-        async with Opened(mongo(driver)(Path()), 2) as (here, there):
+        async with Opened(mongo(driver, "6s")(Path()), 2) as (here, there):  # it waits for a third of that
             await here.change("ann", adding(Block("chat:1")), NOW_MS)
             member = await asyncio.to_thread(replica_set.primary)
             await asyncio.to_thread(lambda: member.fail("update", times=100_000, closeConnection=True))

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mongod import fresh_database, shared_set
+from support import PATIENTLY
 
 from server.errors import TOO_MANY_REQUESTS, UNRECOVERABLE_POSITION, Refused, Unavailable
 from server.history import (
@@ -69,7 +70,7 @@ def mongo(driver: Literal["motor", "pymongo"]) -> Callable[..., AbstractAsyncCon
     @asynccontextmanager
     async def opened(place: Path, *, idempotency_ttl_ms: int = IDEMPOTENCY_TTL_MS) -> AsyncIterator[History]:
         database = DATABASES.setdefault(place, fresh_database())
-        options = {"url": shared_set().url, "database": database, "driver": driver, "publish_timeout": "10s"}
+        options = {"url": shared_set().url, "database": database, "driver": driver, "publish_timeout": PATIENTLY}
         chosen = MongoSettings.model_validate(options)
         history = MongoHistory(chosen, idempotency_ttl_ms=idempotency_ttl_ms)
         await history.open()

@@ -18,6 +18,7 @@ from conftest import ExpectedLog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from patience import awake, impatient
 from ports import free_port
 from proxy import Proxy
 from redis_server import (
@@ -32,6 +33,7 @@ from redis_server import (
 from test_broker import Ear, word
 
 from server.broker import Bye, Published
+from server.broker import redis as redis_broker
 from server.broker.redis import QUEUE_BYTES, RedisBroker
 from server.errors import Unavailable
 from server.redis import Wire, parse, slot_of, trusted
@@ -120,9 +122,11 @@ async def test_wishes_outlive_an_outage(log: ExpectedLog) -> None:
             redis.kill()
             await until(lambda: hearer.broker.trouble and speaker.broker.trouble)
             began = time.monotonic()
-            with pytest.raises(Unavailable, match=redis.address):
-                await hearer.broker.follow("wished")
-            assert 0.5 < time.monotonic() - began < 5
+            with pytest.raises(Unavailable, match=redis.address), impatient():
+                async with awake() as watch:
+                    await hearer.broker.follow("wished")
+            assert time.monotonic() - began > 0.5
+            assert watch.s < 5
             await hearer.broker.unfollow("left")
             redis.start()
             await hearer.until(lambda: hearer.returns == 1)
@@ -168,9 +172,9 @@ async def test_a_stopped_redis(log: ExpectedLog) -> None:
     with RedisServer() as redis:
         async with parties(redis.url, redis.url) as those:
             redis.freeze()
-            began = time.monotonic()
-            await until(lambda: all(one.broker.trouble for one in those))
-            assert time.monotonic() - began < 4
+            async with awake() as watch:
+                await until(lambda: all(one.broker.trouble for one in those))
+            assert watch.s < 4
             await until(lambda: len(log.seen("broker.lost")) == 4)
             redis.thaw()
             for one in those:
@@ -178,6 +182,16 @@ async def test_a_stopped_redis(log: ExpectedLog) -> None:
                 assert one.broker.trouble == ""
             await until(lambda: len(log.seen("broker.returned")) == 4)
             await _hear_one_another(*those)
+
+
+async def test_a_first_answer_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis whose first answer comes after the first PING is fallen silent and back, and open all the same."""
+    monkeypatch.setattr(redis_broker, "PING_S", 0.1)
+    with RedisServer() as redis:
+        async with Proxy("127.0.0.1", redis.port) as proxy:
+            proxy.delay_s = 0.08
+            async with parties(f"redis://{proxy.address}", redis.url) as those:
+                await _hear_one_another(*those)
 
 
 async def test_a_redis_that_hesitates() -> None:
@@ -558,10 +572,10 @@ async def test_a_connection_in_the_making_can_be_given_up() -> None:
 async def _refused(url: str) -> str:
     """What ``open`` says; it must say so within ten seconds, and leave nothing behind."""
     broker = RedisBroker(RedisSettings(url=url, prefix=unique_prefix()))
-    began = time.monotonic()
     with pytest.raises(Unavailable) as raised:
-        await broker.open("node")
-    assert time.monotonic() - began < 10
+        async with awake() as watch:
+            await broker.open("node")
+    assert watch.s < 10
     words = str(raised.value)
     assert words.startswith("redis.url: ")
     assert "secret" not in words
@@ -586,8 +600,10 @@ async def test_a_redis_that_does_not_answer() -> None:
     with RedisServer() as redis:
         redis.freeze()
         for url in (redis.url, redis.url.replace("redis:", "redis+cluster:")):
-            assert f"{redis.address} did not answer within 3 s" in await _refused(url)
-        words = await _refused(f"redis+sentinel://{redis.address}?sentinel_master_name=m")
+            with impatient():
+                assert f"{redis.address} did not answer within 3 s" in await _refused(url)
+        with impatient():
+            words = await _refused(f"redis+sentinel://{redis.address}?sentinel_master_name=m")
         assert f"{redis.address} did not answer within 3 s" in words
         redis.thaw()
 
@@ -649,7 +665,8 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"expected a certificate of 127.0.0.1:{port} that is trusted" in await _refused(
             f"rediss://127.0.0.1:{port}"
         )
-        assert "cannot be reached (it may not speak TLS) within 3 s" in await _refused(f"rediss://{redis.address}")
+        with impatient():
+            assert "cannot be reached (it may not speak TLS) within 3 s" in await _refused(f"rediss://{redis.address}")
         assert f"127.0.0.1:{port}" in await _refused(f"redis://127.0.0.1:{port}")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         trusted.cache_clear()

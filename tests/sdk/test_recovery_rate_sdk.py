@@ -30,8 +30,9 @@ async def _come_back_all_the_time(site: Site, channel: str, enough: asyncio.Even
 @pytest.mark.parametrize("kind", [Kind("python", "json"), Kind("js", "protobuf")], ids=str)
 async def test_a_refused_recovery_is_tried_again(kind: Kind) -> None:
     """While others take every token it is refused; once there is one it recovers, each publication once, in order."""
-    chosen = settings(client={"recovery_rate_limit": 1})
+    chosen = settings(client={"recovery_rate_limit": 1}, sqlite={"publish_timeout": "3s"})
     async with serving(chosen) as site, Line(site.port) as relay, playing(kind, relay.url) as player:
+        site.clock.run()
         enough, channels = asyncio.Event(), [f"chat:other{number}" for number in range(CROWD)]
         for channel in channels:
             await _say(site, channel, 1, 2, 3)

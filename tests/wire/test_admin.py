@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from conftest import ExpectedLog
+from patience import PATIENT_S
 from support import SECRET, Client, Site, serving, settings, token
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
+from server import sampling
 from server.passes import AUDIENCE, Passes, link, with_secret
 from server.sampling import A_SECOND, SAMPLES
 from server.settings import AdminSettings, Settings
@@ -257,8 +259,9 @@ async def test_a_quiet_channel_is_seen_whole() -> None:
         await client.close()
 
 
-async def test_a_flood_is_not_slowed_by_who_watches() -> None:
+async def test_a_flood_is_not_slowed_by_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a flood the sample hears so many in a second, then leaves the channel; who watches is told of the gap."""
+    monkeypatch.setattr(sampling, "WATCHED_S", PATIENT_S)
     async with serving(settings(**OPEN_SESAME)) as site:
         inside = await _inside(site)
         client = await Client.connected(site.url)
@@ -285,14 +288,22 @@ async def test_a_flood_is_not_slowed_by_who_watches() -> None:
         await client.close()
 
 
-async def test_samples_are_few_and_end() -> None:
-    """So many channels are watched at a time; a sample that nobody asks for any more lets go of its channel."""
+async def test_samples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many channels are watched at a time."""
+    monkeypatch.setattr(sampling, "WATCHED_S", PATIENT_S)
     async with serving(settings(**OPEN_SESAME)) as site:
         inside = await _inside(site)
         for number in range(SAMPLES + 1):
             await _sample(site, inside, f"live:{number}")
         assert "live:0" not in site.node.hub.feeds
         assert len(site.node.hub.feeds) == SAMPLES
+
+
+async def test_samples_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample that nobody asks for any more lets go of its channel."""
+    monkeypatch.setattr(sampling, "WATCHED_S", 0.2)
+    async with serving(settings(**OPEN_SESAME)) as site:
+        inside = await _inside(site)
         gone = asyncio.Event()
         release = site.node.release
 
@@ -302,6 +313,7 @@ async def test_samples_are_few_and_end() -> None:
                 gone.set()
 
         site.node.release = released  # type: ignore[method-assign]
+        await _sample(site, inside, "live:0")
         await asyncio.wait_for(gone.wait(), 30)
 
 

@@ -1,6 +1,5 @@
 """PROTOCOL 2.4, 4.9, 4.10, 8.3, 8.4: pings, refresh and expiry; the tests move the clock."""
 
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -272,6 +271,6 @@ async def test_sub_refresh_outcomes(channel: str, claims: dict[str, Any] | None,
 async def test_what_is_left_is_told_as_a_whole_second() -> None:
     """PROTOCOL 4.1: ``ttl`` comes with ``expires``, so the last part of a second counts as one."""
     async with serving() as site:
-        client = await _ann(site, exp=int(time.time()) + 5)
+        client = await _ann(site, exp=_in(site, 5))
         assert client.hello["expires"] is True
         assert 1 <= client.hello["ttl"] <= 5

@@ -435,6 +435,7 @@ async def test_a_key_set_that_hangs(log: ExpectedLog) -> None:
     port = server.sockets[0].getsockname()[1]
     keys = {"token": {"hmac_secret_key": "", "jwks_public_endpoint": f"http://127.0.0.1:{port}/jwks"}}
     async with beside(settings(client=keys)) as (site, neighbour):
+        site.gate.keys._timeout_s = 0.5
         with using_at_most(8 * MB):
             offenders = [await Client.open(site.url) for _ in range(40)]
             for number, offender in enumerate(offenders):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import ExpectedLog
+from patience import awake
 from support import KEPT, Client, serving, settings, token
 from tornado.httpclient import AsyncHTTPClient
 
@@ -124,9 +125,9 @@ async def test_one_fault_in_a_read_costs_who_asked(log: ExpectedLog, fails_at: i
             rest = await unlucky.publications("chat:a", 350 - len(page))
             assert [publication["offset"] for publication in page + rest] == list(range(1, 351))
         lucky = await Client.connected(site.url)
-        before = time.monotonic()
-        await lucky.ask("subscribe", channel="chat:a")
-        assert time.monotonic() - before < 2
+        async with awake() as watch:
+            await lucky.ask("subscribe", channel="chat:a")
+        assert watch.s < 2
         for client in (writer, unlucky, lucky):
             await client.close()
 
@@ -261,14 +262,14 @@ class Hanging(MemoryHistory):
 async def test_a_broadcast_waits_once() -> None:
     """While history hangs, a broadcast to many channels ends after one publish timeout, not one for each."""
     async with serving(settings(sqlite={"publish_timeout": "300ms"}), history=Hanging()) as site:
-        before = time.monotonic()
-        response = await AsyncHTTPClient().fetch(
-            f"http://127.0.0.1:{site.port}/api/broadcast",
-            method="POST",
-            headers={"X-API-Key": "api-key"},
-            body=json.dumps({"channels": [f"chat:{number}" for number in range(30)], "data": 1}),
-        )
-        assert time.monotonic() - before < 5
+        async with awake() as watch:
+            response = await AsyncHTTPClient().fetch(
+                f"http://127.0.0.1:{site.port}/api/broadcast",
+                method="POST",
+                headers={"X-API-Key": "api-key"},
+                body=json.dumps({"channels": [f"chat:{number}" for number in range(30)], "data": 1}),
+            )
+        assert watch.s < 5
         answers = json.loads(response.body)["result"]["responses"]
         assert [answer["error"]["code"] for answer in answers] == [100] * 30
 
@@ -314,6 +315,6 @@ async def test_a_refused_connect_reads_on() -> None:
         commands = [client.command("subscribe", channel=f"chat:{number}") for number in range(200)]
         await client.send({"id": 500, "connect": {"token": token({"sub": "42", "exp": 1})}}, *commands)
         assert (await client.reply(500))["error"]["code"] == 109
-        before = time.monotonic()
-        await client.close()
-        assert time.monotonic() - before < 2
+        async with awake() as watch:
+            await client.close()
+        assert watch.s < 2

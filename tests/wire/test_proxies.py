@@ -19,7 +19,7 @@ import tornado.netutil
 import tornado.web
 from centrifuge.protocol import client_pb2
 from conftest import ExpectedLog
-from support import KEPT, OPEN, ROOT, Client, Closed, Site, free_port, serving, settings, token
+from support import KEPT, OPEN, PATIENTLY, ROOT, Client, Closed, Site, free_port, serving, settings, token
 from tornado.httpclient import AsyncHTTPClient
 
 import run
@@ -932,7 +932,8 @@ async def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     config_, program = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("json", "python"))
     port = str(free_port())
     for name, text in (("config.json", config_), ("backend.py", program)):
-        (tmp_path / name).write_text(text.replace("3000", port))
+        patient = text.replace('"http_headers"', f'"timeout": "{PATIENTLY}", "http_headers"').replace("3s", PATIENTLY)
+        (tmp_path / name).write_text(patient.replace("3000", port))
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(tmp_path / "backend.py"), stdout=asyncio.subprocess.PIPE
     )

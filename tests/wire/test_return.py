@@ -9,7 +9,7 @@ from typing import Any
 import pymongo
 import pytest
 from mongod import fresh_database, shared_set
-from support import Client, serving
+from support import PATIENTLY, Client, serving
 
 from server.errors import Unavailable
 from server.history import PAGE_BYTES, PAGE_PUBLICATIONS, Appended, Draft, History, Retention, RetentionOf
@@ -93,7 +93,7 @@ def made(kind: str) -> Iterator[History]:
         yield MemoryHistory()
         return
     database = fresh_database()
-    options: dict[str, Any] = {"url": shared_set().url, "database": database, "publish_timeout": "10s"}
+    options: dict[str, Any] = {"url": shared_set().url, "database": database, "publish_timeout": PATIENTLY}
     yield MongoHistory(MongoSettings.model_validate(options))
     with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
         client.drop_database(database)

@@ -762,9 +762,10 @@ async def test_a_goodbye_is_not_waited_for_forever() -> None:
     """A peer that does not answer our Close is let go after five seconds."""
     async with serving() as site, peer_of(site) as peer:
         session = await site.arrival()
+        closed_at = asyncio.get_running_loop().time()
         session.outbox.close(errors.SHUTDOWN)
         assert await peer.goodbye() == (3001, "shutdown")
-        site.pass_time(4.5)
+        site.sockets.check_stalled(closed_at + 4.5)
         assert site.sockets.closing == 1
         site.pass_time(5.5)
         assert site.sockets.closing == 0
