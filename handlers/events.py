@@ -14,8 +14,8 @@ from handlers.problems import Problem
 from handlers.publications import NAME, SINCE
 from handlers.stream_outbox import open_stream
 from server import cursors
-from server.errors import BAD_REQUEST, CONNECTION_CLOSED, PERMISSION_DENIED, TOO_MANY_REQUESTS, Disconnected, Overdue
-from server.readers import EventOutbox, Follower, Reader
+from server.errors import BAD_REQUEST, CONNECTION_CLOSED, PERMISSION_DENIED, SHUTDOWN, TOO_MANY_REQUESTS, Disconnected
+from server.readers import EventOutbox, Follower, Reader, come_again
 from server.stream import Position
 
 CHANNELS = Parameter(
@@ -66,12 +66,21 @@ class EventsHandler(RestHandler):
             self._follower.gone()
 
     async def get(self) -> None:
-        """200 and events; 400, 401, 403, 404, 406, 429, 503."""
+        """200 and events; 400, 401, 403, 404, 406, 429, 503, which to a browser is 200 and ``come_again``."""
         await self.attend(self._listen_to_all())
 
     async def head(self) -> None:
         """As GET, without the events."""
         await self.get()
+
+    def refuse(self, problem: Problem) -> None:
+        """See ``RestHandler.refuse``; a browser is told no 503, which it would never return from (PROTOCOL 17.3.7)."""
+        if problem.status != 503 or "text/event-stream" not in self.request.headers.get("Accept", ""):
+            super().refuse(problem)
+            return
+        self.note_refusal(problem)
+        self.set_header("Content-Type", EVENT_TEXT.content_type)
+        self.finish(come_again(problem.code))
 
     async def _listen_to_all(self) -> None:
         await self._listen(self.given(CHANNELS))
@@ -83,6 +92,8 @@ class EventsHandler(RestHandler):
             # Whoever a cookie may be would be present, counted and asked about, and would not know it: PROTOCOL 17.3.9.
             detail = "An image or a link of another site begins no stream."
             raise Problem(403, PERMISSION_DENIED.code, detail=detail)
+        if self.rest.node.leaving:
+            raise Disconnected(SHUTDOWN, "it came while clients are sent away")
         refusal = self.rest.clients.refusal(self.address)
         if refusal is not None:
             code, origin = TOO_MANY_REQUESTS.code, self.request.headers.get("Origin")
@@ -91,11 +102,8 @@ class EventsHandler(RestHandler):
             raise Problem(503, code, TOO_MANY_REQUESTS.message, "Too many connections.", why="turned away")
         events = EventOutbox(Reader(channels))
         follower = self._follower = Follower(self.rest.node, self.rest.clients.gate, events, self.asking("events"))
-        overdue = None
         try:
             await follower.open(token, since)
-        except Overdue as error:
-            overdue = error
         except Disconnected as end:
             follower.disconnect(end.disconnect, end.why)
             raise
@@ -118,10 +126,7 @@ class EventsHandler(RestHandler):
             return
         events.attach(stream)
         stream.start(follower)
-        if overdue is None:
-            follower.begin()
-        else:
-            follower.put_off(overdue)
+        follower.begin()
 
     def _positions(self, channels: Sequence[str]) -> Mapping[str, Position] | None:
         """Where to begin in each channel, ``None`` for "now"; raises ``Problem``."""

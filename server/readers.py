@@ -31,9 +31,11 @@ from server.errors import (
     CONNECTION_CLOSED,
     CONNECTION_LIMIT,
     LIMIT_EXCEEDED,
+    RATE_LIMITED,
     SERVER_ERROR,
+    SHUTDOWN,
+    TOO_MANY_REQUESTS,
     Disconnected,
-    Overdue,
     Refused,
     Unsubscribed,
 )
@@ -51,7 +53,7 @@ STAY_AWAY = b"retry: 86400000\n"
 """A browser knows none of our codes and comes back after any end; this has it wait a day (HTML standard, 9.2.6)."""
 
 COME_AGAIN_MS = 2_000, 10_000
-"""Between these a browser waits that comes back when too many do: not all of them together again."""
+"""Between these a browser waits whose stream cannot begin for now: not all of them together again."""
 
 KEEP_ALIVE = b":\n\n"
 """A comment (HTML standard, 9.2.6): a proxy sees that the stream lives, nobody else does."""
@@ -62,6 +64,16 @@ def event(kind: str, data: bytes, id: str = "") -> bytes:
     head = f"event: {kind}\n" if kind else ""
     tail = f"id: {id}\n" if id else ""
     return b"%sdata: %s\n%s\n" % (head.encode(), data, tail.encode())
+
+
+def come_again(code: int) -> bytes:
+    """All that a browser is told for now whose stream cannot begin, with ``code`` of a refusal or a disconnect.
+
+    An ``EventSource`` never comes back after another status than 200 (HTML standard, 9.2.3).
+    """
+    ending = {SHUTDOWN.code: SHUTDOWN, TOO_MANY_REQUESTS.code: RATE_LIMITED}.get(code, SERVER_ERROR)
+    said = msgspec.json.encode(protocol.Disconnect(ending.code, ending.reason))
+    return b"retry: %d\n\n%s" % (random.randint(*COME_AGAIN_MS), event("disconnect", said))
 
 
 class EventCodec(protocol.OneWayCodec):
@@ -287,7 +299,7 @@ class Follower(Asker, Session):
         """Find out who it is, and subscribe from these positions on; ``None``: from now on.
 
         Raises ``Refused``, ``Disconnected``, ``Unavailable`` and
-        ``protocol.Inexpressible``, and is then to be ended; with ``Overdue`` by ``put_off``.
+        ``protocol.Inexpressible``, and is then to be ended.
         """
         self.start_connecting()
         await self.identify(token)
@@ -332,15 +344,6 @@ class Follower(Asker, Session):
             if since is not None and not result.recovered:
                 self._resets.append(subscription.channel)
         self.go_on()
-
-    def put_off(self, overdue: Overdue) -> None:
-        """The stream is there, and its turn to begin did not come in time: have it come again.
-
-        An ``EventSource`` never comes back after another status than 200 (HTML standard, 9.2.3).
-        """
-        if not self.closed:
-            self.events.say(b"retry: %d\n\n" % random.randint(*COME_AGAIN_MS))
-            self.disconnect(SERVER_ERROR, str(overdue))
 
     def begin(self) -> None:
         """The stream is there: say where it begins and what was missed, and go live, all in one loop turn."""

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
+import pytest
 import websockets
 from support import PATIENCE_S, Client, Closed
 
@@ -145,15 +146,34 @@ class EventStream:
         """The next ``count`` events."""
         return [await self.next() for _ in range(count)]
 
+    async def put_off(self) -> int:
+        """The code with which a stream ended that could not begin for now: an ``EventSource`` is told to come again."""
+        assert (self.status, self.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        event = await self.next()
+        assert event.kind == "disconnect", event
+        assert self.retry_ms is not None
+        assert 2_000 <= self.retry_ms <= 10_000
+        assert self.last_id == "", "the id that it has stays as it is"
+        with pytest.raises(StopAsyncIteration):
+            await self.next()
+        return int(event.data["code"])
+
     async def began(self) -> str:
         """Wait for the first id, which says that the stream stands; returns it."""
         assert (await self.next()).kind == "id", "expected a stream to begin with its id"
         return self.last_id
 
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        if length := int(self.headers.get("content-length", 0)):
+            yield await self._reader.readexactly(length)
+        else:
+            async for chunk in read_chunks(self._reader):
+                yield chunk
+
     async def _read(self) -> AsyncIterator[Event]:
         """Events as the HTML standard parses them, 9.2.6; an id alone is an event ``id`` for the tests to wait for."""
         text = b""
-        async for chunk in read_chunks(self._reader):
+        async for chunk in self._pieces():
             text += chunk
             *blocks, text = text.split(b"\n\n")
             for block in blocks:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from hopper import ask
-from support import Process, config, token
+from support import Client, Process, config, token
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
 
 LISTEN = """url => {
     window.seen = [];
-    window.opened = 0;
+    window.opened = window.put_off = 0;
     const events = new EventSource(url);
     events.onopen = () => { window.opened += 1; };
     events.onmessage = ({ data, lastEventId }) => {
@@ -21,6 +21,7 @@ LISTEN = """url => {
         window.seen.push([channel, payload]);
         window.last = lastEventId;
     };
+    events.addEventListener("disconnect", () => { window.put_off += 1; });
     events.addEventListener("reset", ({ data }) => window.seen.push(["reset", data]));
 }"""
 
@@ -48,6 +49,23 @@ async def test_a_browser_stays_away_if_it_is_told_to(browser: "Browser", tmp_pat
         gone, back = page.frames[1:]
         await back.wait_for_function("() => window.opened === 2", timeout=60_000)
         assert await gone.evaluate("window.opened") == 1
+        await page.close()
+
+
+async def test_a_browser_that_was_put_off_comes_again(browser: "Browser", tmp_path: Path) -> None:
+    """A stream that cannot begin for now, here since there are enough, begins by itself once it can."""
+    with Process(tmp_path, config(client={"connection_limit": 1})) as server:
+        occupant = await Client.connected(server.url)
+        page = await browser.new_page()
+        await page.goto(f"{server.http}/")
+        await page.evaluate(LISTEN, "/v1/channels/chat:a/events")
+        await page.wait_for_function("() => window.put_off === 1")
+        await occupant.close()
+        await publish(server, "chat:a", 1)
+        await page.wait_for_function("() => window.opened === 2", timeout=60_000)
+        await publish(server, "chat:a", 2)
+        await page.wait_for_function("() => window.seen.length === 1")
+        assert await page.evaluate("window.seen") == [["chat:a", 2]]
         await page.close()
 
 

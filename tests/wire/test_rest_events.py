@@ -459,7 +459,7 @@ async def test_time_passes_over_a_stream() -> None:
 
 
 async def test_limits_hold_for_streams(log: ExpectedLog) -> None:
-    """``client.connection_limit`` is 503, ``client.user_connection_limit`` 429, both before anything begins."""
+    """``client.connection_limit`` is "later", ``client.user_connection_limit`` 429, both before anything begins."""
     log.expect("connection.refused")
     async with serving(settings(client={"connection_limit": 2, "user_connection_limit": 1})) as site:
         async with events(site.port, stream_of("chat:a"), bearer(sub="42")) as stream:
@@ -468,8 +468,10 @@ async def test_limits_hold_for_streams(log: ExpectedLog) -> None:
             assert (second.status, second.problem["code"]) == (429, 3504)
             async with events(site.port, stream_of("chat:a"), bearer(sub="43")) as other:
                 await other.began()
-                third = await EventStream.open(site.port, stream_of("chat:a"), bearer(sub="44"))
-                assert (third.status, third.problem["code"], third.headers["retry-after"]) == (503, 111, "1")
+                async with events(site.port, stream_of("chat:a"), bearer(sub="44")) as third:
+                    assert await third.put_off() == 3013
+                told = await ask(site.port, stream_of("chat:a"), headers=bearer(sub="44"))
+                assert (told.status, told.json["code"], told.headers["retry-after"]) == (503, 111, "1")
         await gone(site)
 
 
@@ -612,8 +614,10 @@ async def test_a_fault_of_ours_is_500_or_503(log: ExpectedLog) -> None:
     history = BrokenHistory(idempotency_ttl_ms=86_400_000)
     async with serving(history=history) as site:
         history.broken = True
-        stream = await EventStream.open(site.port, stream_of("chat:a"))
-        assert (stream.status, stream.problem["code"], stream.headers["retry-after"]) == (503, 100, "1")
+        async with events(site.port, stream_of("chat:a")) as stream:
+            assert await stream.put_off() == 3004
+        told = await ask(site.port, stream_of("chat:a"))
+        assert (told.status, told.json["code"], told.headers["retry-after"]) == (503, 100, "1")
         page = await ask(site.port, path("chat:a"), headers={"Origin": "http://page"})
         assert (page.status, page.json["code"]) == (500, 100)
         assert page.headers["access-control-allow-origin"] == "http://page"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hopper import ask, head_of, read_head
+from hopper import ask, events, head_of, read_head
 from support import KEPT, Client, Process, config, serving, settings
 from test_leaving import HANDSHAKE
 from test_rest_events import SlowPresence
@@ -249,6 +249,8 @@ async def test_who_connects_while_clients_are_sent_away() -> None:
         assert await client.closed() == (3001, "shutdown")
         waiting = await ask(site.port, "/v1/channels/chat:1/publications?since=:0", headers={"Prefer": "wait=30"})
         assert (waiting.status, waiting.json["code"]) == (503, 3001)
+        async with events(site.port, "/v1/channels/chat:1/events") as stream:
+            assert await stream.put_off() == 3001
         assert not site.node.connections
 
 
