@@ -202,7 +202,7 @@ class Ordering:
             and client not in target.spared
         ]
 
-    def described(self, target: orders.Target) -> orders.Connections:
+    def described(self, target: orders.Target) -> orders.ConnectionsAnswer:
         """The connections here that ``target`` means, as far as one answer goes (PROTOCOL 15.2.20)."""
         targeted = self.targeted(target)
         found: list[orders.Connection] = []
@@ -210,7 +210,7 @@ class Ordering:
         for session in targeted[:CONNECTIONS]:
             found.append(session.describe(min(CHANNELS, room)))
             room -= len(found[-1].channels)
-        return orders.Connections(len(targeted), found)
+        return orders.ConnectionsAnswer(len(targeted), found)
 
     def hand_over(self, session: str, data: bytes) -> bytes:
         """Give commands to the emulated session that holds its stream here, if there is one (PROTOCOL 2.5)."""

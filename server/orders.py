@@ -68,7 +68,7 @@ class ChannelsQuestion(msgspec.Struct, frozen=True, tag="c"):
 
 
 class ConnectionsQuestion(msgspec.Struct, frozen=True, tag="n"):
-    """Which connections does the target have?  Answered by ``Connections``."""
+    """Which connections does the target have?  Answered by ``ConnectionsAnswer``."""
 
     target: Target
 
@@ -110,7 +110,7 @@ class Connection(msgspec.Struct, frozen=True):
     app_version: str = ""
 
 
-class Connections(msgspec.Struct, frozen=True):
+class ConnectionsAnswer(msgspec.Struct, frozen=True):
     """The connections that the target of a ``ConnectionsQuestion`` has in one process: how many, and some of them."""
 
     number: int

@@ -12,7 +12,7 @@ from server import orders
 from server.errors import BAD_REQUEST, Refused, Unavailable
 from server.node import Node
 
-_answers = msgspec.msgpack.Decoder(orders.Connections)
+_answers = msgspec.msgpack.Decoder(orders.ConnectionsAnswer)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -44,7 +44,7 @@ async def connections(node: Node, request: Connections) -> bytes:
     return b'{"connections":{%s},"num_connections":%d}' % (b",".join(entries), number)
 
 
-def _read(answer: bytes) -> orders.Connections:
+def _read(answer: bytes) -> orders.ConnectionsAnswer:
     """What another process told; half of the truth is none."""
     try:
         return _answers.decode(answer)
