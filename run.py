@@ -36,6 +36,7 @@ import tornado.netutil
 import tornado.web
 
 from handlers import make_app, make_internal_app, make_sockets
+from handlers.fetching import answer_to
 from handlers.server import Server
 from handlers.socket import Sockets
 from server import auth
@@ -351,8 +352,8 @@ def make_verifiers(settings: Settings, keys: Keys) -> tuple[auth.Verifier, auth.
 async def _fetch(url: str) -> bytes:
     client = tornado.httpclient.AsyncHTTPClient(force_instance=True, defaults={}, max_body_size=BODY_BYTES)
     try:
-        response = await client.fetch(url, request_timeout=FETCH_TIMEOUT_S, connect_timeout=FETCH_TIMEOUT_S)
-        return response.body
+        asked = client.fetch(url, request_timeout=FETCH_TIMEOUT_S, connect_timeout=FETCH_TIMEOUT_S)
+        return (await answer_to(asked)).body
     finally:
         client.close()
 

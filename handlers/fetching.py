@@ -6,9 +6,11 @@ client of our own that keeps them; a question that meets the other side's goodby
 then lost, and a publish must not be asked twice.  Names are looked up in a thread.
 """
 
+import asyncio
 import time
 
 import tornado.httpclient
+from tornado.httpclient import HTTPResponse
 from tornado.iostream import UnsatisfiableReadError
 
 from server.errors import Unavailable
@@ -34,6 +36,15 @@ OURS = frozenset(
 
 CONNECTIONS = 4_096
 """More than endpoints have places for: it is they who keep others from waiting for one that hangs."""
+
+
+async def answer_to(asked: asyncio.Future[HTTPResponse]) -> HTTPResponse:
+    """What comes of a request of Tornado's; whoever is cancelled gives up waiting, and no more.
+
+    Tornado goes on with it all the same, and would log its end as a fault of ours.
+    """
+    asked.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else may be there to look
+    return await asyncio.shield(asked)
 
 
 class Fetcher:
@@ -62,7 +73,7 @@ class Fetcher:
             decompress_response=False,
         )
         try:
-            response = await self._client.fetch(request, raise_error=False)
+            response = await answer_to(self._client.fetch(request, raise_error=False))
         except (OSError, ValueError, tornado.httpclient.HTTPError, UnsatisfiableReadError) as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
         if response.code == NO_ANSWER:

@@ -167,9 +167,11 @@ class Positioning:
         page = self._hub.recall(feed, since, self._now_ms())
         if page is None:
             await self._pace.reading()
+            if subscription.closed:
+                return Step.LIVE
             page = await self._pages.after(feed, since.offset)
         erasures = feed.erasures
-        await self._pace.sending(len(page.publications))
+        await self._pace.sending(max(1, len(page.publications)))  # whatever comes of it, others have their turn
         if subscription.closed:
             return Step.LIVE
         if feed.erasures != erasures:  # the page may hold what has been erased since

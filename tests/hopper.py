@@ -407,7 +407,9 @@ class Hopper:
         page = reply.json
         for publication in page["publications"]:
             self.take(publication, page["epoch"])
-        assert (page["epoch"] or self.epoch, page["offset"]) == (self.epoch, self.offset)
+        self.epoch = self.epoch or page["epoch"]  # that of a life in which nothing has been said yet
+        assert page["offset"] == self.offset, f"{self.cursor} was read up to {page}"
+        assert page["epoch"] in ("", self.epoch), f"{self.cursor} was read as {page}"
         return "link" in reply.headers
 
     def _check(self, status: int, problem: Any) -> None:

@@ -71,6 +71,27 @@ async def test_what_is_about_one_connection_is_not_passed_on() -> None:
         assert not head.keys() & {"transfer-encoding", "te", "expect", "upgrade"}
 
 
+async def test_who_asks_no_more_is_no_fault() -> None:
+    """A question that its asker has given up is nobody's when its connection ends: nothing is logged of it."""
+    asked, hang_up = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await hang_up.wait()
+        writer.close()
+
+    async with far() as (there, fetch), await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        given_up = asyncio.create_task(fetch(Post(f"http://127.0.0.1:{port}/", {}, BODY, PATIENCE_S)))
+        await asked.wait()
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        hang_up.set()
+        assert (await fetch(there.post())).status == 200  # by then the other connection's end has been noticed
+        assert given_up.cancelled()
+
+
 async def test_a_header_cannot_become_two() -> None:
     """A line break in a header is refused before anything is said; what Latin-1 has not, too."""
     async with far() as (there, fetch):
