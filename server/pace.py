@@ -13,7 +13,7 @@ on its way to its subscribers.  So while somebody waits for a commit no page is 
 none is read, for a moment.
 
 The p99 of 1,000 live ones beside 100 who catch up on 10,000 each was 8.3 times its usual
-without turns, 3.0 times with them, and is 1.6 times with both (``make bench
+without turns, 3.0 times with them, and is 1.8 times with both (``make bench
 WORKS=recovery``, November 2026).  PROTOCOL 11.5.
 """
 
