@@ -73,14 +73,13 @@ class EventsHandler(RestHandler):
         """As GET, without the events."""
         await self.get()
 
-    def refuse(self, problem: Problem) -> None:
-        """See ``RestHandler.refuse``; a browser is told no 503, which it would never return from (PROTOCOL 17.3.7)."""
-        if problem.status != 503 or "text/event-stream" not in self.request.headers.get("Accept", ""):
-            super().refuse(problem)
-            return
-        self.note_refusal(problem)
-        self.set_header("Content-Type", EVENT_TEXT.content_type)
-        self.finish(come_again(problem.code))
+    def set_problem(self, problem: Problem) -> None:
+        """See ``RestHandler.set_problem``; a browser would never return from a 503 (PROTOCOL 17.3.7)."""
+        if problem.status == 503 and "text/event-stream" in self.request.headers.get("Accept", ""):
+            self.set_header("Content-Type", EVENT_TEXT.content_type)
+            self.write(come_again(problem.code))
+        else:
+            super().set_problem(problem)
 
     async def _listen_to_all(self) -> None:
         await self._listen(self.given(CHANNELS))

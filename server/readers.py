@@ -66,16 +66,6 @@ def event(kind: str, data: bytes, id: str = "") -> bytes:
     return b"%sdata: %s\n%s\n" % (head.encode(), data, tail.encode())
 
 
-def come_again(code: int) -> bytes:
-    """All that a browser is told for now whose stream cannot begin, with ``code`` of a refusal or a disconnect.
-
-    An ``EventSource`` never comes back after another status than 200 (HTML standard, 9.2.3).
-    """
-    ending = {SHUTDOWN.code: SHUTDOWN, TOO_MANY_REQUESTS.code: RATE_LIMITED}.get(code, SERVER_ERROR)
-    said = msgspec.json.encode(protocol.Disconnect(ending.code, ending.reason))
-    return b"retry: %d\n\n%s" % (random.randint(*COME_AGAIN_MS), event("disconnect", said))
-
-
 class EventCodec(protocol.OneWayCodec):
     """Pushes as parts of events: kind, channel, offset, epoch (where it is said), data; ``Part`` reads them."""
 
@@ -97,6 +87,15 @@ class EventCodec(protocol.OneWayCodec):
 
 
 CODEC = EventCodec()
+
+
+def come_again(code: int) -> bytes:
+    """All that a browser is told for now whose stream cannot begin, with ``code`` of a refusal or a disconnect.
+
+    An ``EventSource`` never comes back after another status than 200 (HTML standard, 9.2.3).
+    """
+    ending = {SHUTDOWN.code: SHUTDOWN, TOO_MANY_REQUESTS.code: RATE_LIMITED}.get(code, SERVER_ERROR)
+    return b"retry: %d\n\n%s" % (random.randint(*COME_AGAIN_MS), CODEC.disconnect(ending))
 
 
 class Part:
