@@ -85,17 +85,15 @@ async def stalled(proxy: Proxy) -> AsyncIterator[None]:
         proxy.flow()
 
 
-class Place:
-    """One process of ``run.py`` with its wires to Redis and to each member of MongoDB."""
+class Running:
+    """One process of ``run.py``, as its clients and whoever looks after it see it."""
 
-    def __init__(self, name: str, process: Process, redis: Proxy, mongo: Sequence[Proxy]) -> None:
+    def __init__(self, name: str, process: Process) -> None:
         self.name = name
         self.process = process
-        self.redis = redis
-        self.mongo = mongo
 
     def __repr__(self) -> str:
-        return f"<Place {self.name} {self.http}>"
+        return f"<{type(self).__name__} {self.name} {self.http}>"
 
     @property
     def url(self) -> str:
@@ -110,18 +108,6 @@ class Place:
     async def start(self) -> None:
         """Start it, anew or again, and wait until it listens."""
         await asyncio.to_thread(self.process.start)
-
-    async def kill(self) -> None:
-        """End it at once, as a crash would."""
-        await asyncio.to_thread(self.process.kill)
-
-    def stop(self) -> None:
-        """Let it do nothing from now on (SIGSTOP), with all its connections open."""
-        self.process.send(signal.SIGSTOP)
-
-    def cont(self) -> None:
-        """Let it go on (SIGCONT)."""
-        self.process.send(signal.SIGCONT)
 
     async def readiness(self) -> tuple[int, str]:
         """Status and body of ``/health/ready``; (0, why) if nobody answers."""
@@ -150,6 +136,27 @@ class Place:
             elif at_fault and line and not line.startswith(" "):
                 found[-1] += f" {line}"
         return found
+
+
+class Place(Running):
+    """One with its wires to Redis and to each member of MongoDB, to be hurt."""
+
+    def __init__(self, name: str, process: Process, redis: Proxy, mongo: Sequence[Proxy]) -> None:
+        super().__init__(name, process)
+        self.redis = redis
+        self.mongo = mongo
+
+    async def kill(self) -> None:
+        """End it at once, as a crash would."""
+        await asyncio.to_thread(self.process.kill)
+
+    def stop(self) -> None:
+        """Let it do nothing from now on (SIGSTOP), with all its connections open."""
+        self.process.send(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """Let it go on (SIGCONT)."""
+        self.process.send(signal.SIGCONT)
 
 
 class Stage:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -18,10 +17,9 @@ from statistics import correlation
 
 from crowd import ApiVoice, SocketVoice, World, last_words, write
 from flock import Flock, Goodbye
-from hopper import ask
 from mongod import fresh_database, shared_set
 from redis_server import shared_server
-from stage import EVENT, asked_until
+from stage import Running
 from storm import read_all
 from support import Process, config
 from verdict import Kept, judge, summary
@@ -42,36 +40,8 @@ TIMEOUT_S = 30.0
 AT_ONCE = 20
 
 
-@dataclass
-class Place:
-    """One process, as its clients see it."""
-
-    name: str
-    process: Process
-
-    @property
-    def url(self) -> str:
-        """Where WebSocket clients connect."""
-        return self.process.url
-
-    @property
-    def http(self) -> str:
-        """Where the back end calls."""
-        return self.process.http
-
-    async def start(self) -> None:
-        """Start it, anew or again, and wait until it is ready."""
-        await asyncio.to_thread(self.process.start)
-        await asked_until(lambda: ask(self.process.port, "/health/ready"), lambda reply: reply.status == 200)
-
-    def faults_logged(self) -> list[str]:
-        """The lines of its log that say that something is its own fault."""
-        lines = self.process.log.read_text().splitlines()
-        return [line for line in lines if EVENT.match(line) and " error " in line[:40]]
-
-
 @asynccontextmanager
-async def _places(folder: Path) -> AsyncIterator[list[Place]]:
+async def _places(folder: Path) -> AsyncIterator[list[Running]]:
     """Processes over one history and one Redis, all ready; gone in the end."""
     database = fresh_database()
     chosen = config(
@@ -89,9 +59,10 @@ async def _places(folder: Path) -> AsyncIterator[list[Place]]:
     for number in range(PROCESSES):
         home = folder / f"process{number}"
         home.mkdir()
-        places.append(Place(f"process {number}", Process(home, chosen)))
+        places.append(Running(f"process {number}", Process(home, chosen)))
     try:
         await asyncio.gather(*(place.start() for place in places))
+        await asyncio.gather(*(place.ready() for place in places))
         yield places
     finally:
         await asyncio.gather(*(asyncio.to_thread(place.process.kill) for place in places))
@@ -118,7 +89,7 @@ async def test_a_rolling_restart_loses_nothing_and_keeps_the_pace(tmp_path: Path
         assert world.counts["delivered"] > 5_000
 
 
-async def _restarted_under_load(places: Sequence[Place], flock: Flock) -> None:
+async def _restarted_under_load(places: Sequence[Running], flock: Flock) -> None:
     """Everybody comes, then each process goes and comes again while all of them are written to; then a last word."""
     world = flock.world
     await flock.gather([world.random.sample(CHANNELS, FOLLOWED) for _ in range(CLIENTS)], places)
@@ -133,7 +104,7 @@ async def _restarted_under_load(places: Sequence[Place], flock: Flock) -> None:
     await last_words(world, "last", CHANNELS, [ApiVoice(world, place) for place in places])
 
 
-async def _restarted(place: Place, flock: Flock) -> None:
+async def _restarted(place: Running, flock: Flock) -> None:
     """End a process as an operator does, and start it again; returns when everybody is somewhere."""
     here = {follower.name for follower in flock.followers if follower.place is place}
     said, told_at = len(flock.goodbyes), flock.world.clock()
@@ -145,10 +116,11 @@ async def _restarted(place: Place, flock: Flock) -> None:
     await flock.until(lambda: len(flock.goodbyes) - said >= len(here))
     _sent_away_well(flock.goodbyes[said:], place.name, here, told_at + GRACE_S)
     await place.start()
+    await place.ready()
     await flock.until(lambda: all(follower.settled for follower in flock.followers))
 
 
-async def _history(places: Sequence[Place]) -> list[Kept]:
+async def _history(places: Sequence[Running]) -> list[Kept]:
     """What is kept of each channel, as the processes in turn tell it."""
     kept: list[Kept] = []
     for first in range(0, len(CHANNELS), AT_ONCE):
