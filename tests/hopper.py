@@ -106,15 +106,21 @@ class Event(NamedTuple):
 class EventStream:
     """A browser's ``EventSource`` without the coming back: with ``last_id``, after ``retry_ms`` if that was said.
 
+    ``last_id`` is the one it was opened with until the stream names another, and a stream may end before it does.
     Only chunked streams are understood; ``comments`` counts what is meant for nobody.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, headers: dict[str, str]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        last_id: str,
+        status: int,
+        headers: dict[str, str],
     ) -> None:
         self.status = status
         self.headers = headers
-        self.last_id = ""
+        self.asked_id = self.last_id = last_id
         self.retry_ms: int | None = None
         self.comments = 0
         self.problem: Any = None
@@ -126,9 +132,10 @@ class EventStream:
     async def open(cls, port: int, path: str, headers: Mapping[str, str] | None = None, limit: int = 2**20) -> Self:
         """Ask for a stream; whatever the answer is.  Raises ``Cut`` and ``OSError``."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit)
-        writer.write(head_of("GET", path, {"Accept": "text/event-stream", **(headers or {})}))
+        sent = {"Accept": "text/event-stream", **(headers or {})}
+        writer.write(head_of("GET", path, sent))
         try:
-            stream = cls(reader, writer, *await read_head(reader))
+            stream = cls(reader, writer, sent.get("Last-Event-ID", ""), *await read_head(reader))
         except BaseException:
             await vanish(writer)
             raise
@@ -153,7 +160,7 @@ class EventStream:
         assert event.kind == "disconnect", event
         assert self.retry_ms is not None
         assert 2_000 <= self.retry_ms <= 10_000
-        assert self.last_id == "", "the id that it has stays as it is"
+        assert self.last_id == self.asked_id, "the id that it has stays as it is"
         with pytest.raises(StopAsyncIteration):
             await self.next()
         return int(event.data["code"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import websockets
 from front import CONFIG, Front, fronting
-from hopper import ALWAYS, EMULATED, Cut, Hopper, ask, events, head_of, publish_all, vanish
+from hopper import ALWAYS, EMULATED, FLOOD_S, Cut, Hopper, ask, events, head_of, publish_all, vanish
 from instruments import EMULATED as EMULATED_KINDS
 from instruments import KINDS, playing
 from mongod import fresh_database, shared_set
@@ -196,7 +196,10 @@ async def test_who_asks_is_known_and_tokens_are_not(tmp_path: Path) -> None:
 
 
 class Source:
-    """What a browser's ``EventSource`` does: it listens, and comes back with its last id when the stream breaks."""
+    """What a browser's ``EventSource`` does: it listens, and comes back with its last id when the stream ends.
+
+    Sooner than a browser: the publisher waits for it each time.
+    """
 
     def __init__(self, port: int) -> None:
         self.heard: list[int] = []
@@ -219,6 +222,7 @@ class Source:
                             self._news.set()
                         last = stream.last_id
             self.returns += 1
+            await asyncio.sleep(FLOOD_S)
 
     async def until(self, count: int) -> None:
         """Wait until it has heard so much."""

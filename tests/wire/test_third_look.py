@@ -249,7 +249,7 @@ async def test_who_connects_while_clients_are_sent_away() -> None:
         assert await client.closed() == (3001, "shutdown")
         waiting = await ask(site.port, "/v1/channels/chat:1/publications?since=:0", headers={"Prefer": "wait=30"})
         assert (waiting.status, waiting.json["code"]) == (503, 3001)
-        async with events(site.port, "/v1/channels/chat:1/events") as stream:
+        async with events(site.port, "/v1/channels/chat:1/events", {"Last-Event-ID": ":0"}) as stream:
             assert await stream.put_off() == 3001
         assert not site.node.connections
 
