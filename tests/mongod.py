@@ -41,6 +41,13 @@ PATIENCE_S = 180.0
 """How long a member or the set may take for anything: an election alone lasts a second, on a busy machine many."""
 
 POLL_S = 0.05
+
+QUICK_MS = 1_000
+CALM_MS = 5_000
+"""After what silence of its primary a set elects another: at first; and the shared one, of which few want an election,
+from then on, since the machine that it shares with others may stand still.  A member keeps the timer that it has when
+it is told to wait for less."""
+
 SET_NAME = "waterspout"
 HELLO_S = 0.5
 OP_MSG = 2013
@@ -252,7 +259,7 @@ _ARGUMENTS = (
 
 
 class ReplicaSet:
-    """A replica set of real processes, whose members elect another primary within one or two seconds.
+    """A replica set of real processes, whose members elect another primary within one or two seconds (``elect_after``).
 
     ``start`` it, or use it in ``with``.  ``credentials`` (user, password) asks
     everybody for a login; that user may do everything.  ``advertise`` gives, for
@@ -266,13 +273,11 @@ class ReplicaSet:
         *,
         credentials: tuple[str, str] | None = None,
         advertise: Callable[[int], int] | None = None,
-        election_timeout_ms: int = 1_000,
-        heartbeat_ms: int = 250,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="waterspout-mongod-"))
         self._warden = _Warden(self.folder)
         self._credentials = credentials
-        self._settings = {"electionTimeoutMillis": election_timeout_ms, "heartbeatIntervalMillis": heartbeat_ms}
+        self._settings = {"electionTimeoutMillis": QUICK_MS, "heartbeatIntervalMillis": 250}
         self._ended = False
         arguments = [*_ARGUMENTS, "--replSet", SET_NAME, "--oplogSize", "200"]
         if credentials is not None:
@@ -371,6 +376,24 @@ class ReplicaSet:
             primary.command({"replSetStepDown": seconds, "secondaryCatchUpPeriodSecs": 2, "force": True})
         return primary
 
+    def elect_after(self, silence_ms: int) -> None:
+        """Have the members take another primary once theirs has said nothing for so long."""
+        self._until(lambda: self._elects_after(silence_ms), "agree on its settings")
+
+    def _elects_after(self, silence_ms: int) -> bool:
+        primary = self._find_primary()
+        if primary is None:
+            return False
+        try:
+            config = primary.command({"replSetGetConfig": 1})["config"]
+            if config["settings"]["electionTimeoutMillis"] != silence_ms:
+                config["settings"]["electionTimeoutMillis"] = silence_ms
+                config["version"] += 1
+                primary.command({"replSetReconfig": config})  # answered when a majority has it
+        except PyMongoError:
+            return False
+        return True
+
     def _find_primary(self) -> Member | None:
         found = [(member, member.hello()) for member in self.members]
         writable = [(hello["electionId"], member) for member, hello in found if hello.get("isWritablePrimary")]
@@ -420,6 +443,7 @@ def shared_set() -> ReplicaSet:
     """The set of three that all tests of this process share, started when it is first asked for."""
     replica_set = ReplicaSet().start()
     atexit.register(replica_set.end)
+    replica_set.elect_after(CALM_MS)
     return replica_set
 
 

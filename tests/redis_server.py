@@ -32,6 +32,10 @@ import redis
 from ports import free_port
 
 PATIENCE_S = 30.0
+
+TILTED_S = 100.0
+"""A Sentinel that stood still for two seconds trusts its clock no more, and does nothing for the next thirty (TILT)."""
+
 MASTER = "mymaster"
 SLOTS = 16384
 _numbers = itertools.count(1)
@@ -286,6 +290,7 @@ class Sentinels:
                         int(sentinel.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)[1]) != before.port
                     ),
                     f"{sentinel} still calls {before} the primary",
+                    TILTED_S,
                 )
 
     def _first_alive(self) -> Sentinel:
