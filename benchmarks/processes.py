@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import resource
 import signal
 import socket
@@ -68,11 +69,13 @@ def machine() -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that nobody listens on now; not one of those from 32768 up, which the system lends to whoever asks."""
+    while True:
+        port = random.randrange(12_000, 20_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def memory_mb(pid: int) -> float:

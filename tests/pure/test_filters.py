@@ -142,11 +142,11 @@ def test_a_filter_that_nobody_has_is_forgotten() -> None:
 def test_the_heaviest_filter_is_light() -> None:
     """Fifty nodes over a tag of 60 KB are judged in far less than a publication costs elsewhere."""
     heavy = _read({"op": "or", "nodes": [_leaf("a", "gt", str(10**40 + n)) for n in range(49)]})
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(100):
         assert not heavy.matches({"a": "9" * 60_000})
         assert not heavy.matches({"a": "9" * 40})
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert filters._read_number.cache_info().currsize <= 1024
 
 

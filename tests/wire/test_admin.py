@@ -237,8 +237,9 @@ async def _sample(site: Site, inside: dict[str, str], channel: str, after: int =
     return dict(json.loads(response.body))
 
 
-async def test_a_quiet_channel_is_seen_whole() -> None:
+async def test_a_quiet_channel_is_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever watches a passing channel sees what comes, once, and is nobody in it."""
+    monkeypatch.setattr(sampling, "WATCHED_S", PATIENT_S)
     async with serving(settings(**OPEN_SESAME)) as site:
         inside = await _inside(site)
         client = await Client.connected(site.url)

@@ -16,7 +16,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from redis_server import RedisServer
-from support import ROOT, Client, Process, Site, config, serving, settings, token
+from support import PATIENTLY, ROOT, Client, Process, Site, config, serving, settings, token
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
 from handlers.metrics import METRICS
@@ -214,7 +214,9 @@ async def test_time_of_a_write(kind: str, tmp_path: Path) -> None:
     """With history in a file or in MongoDB each write counts once, with its publications and the time that it took."""
     history: History = SqliteHistory(str(tmp_path / "history.db"))
     if kind == "mongo":
-        history = MongoHistory(MongoSettings(url=shared_set().url, database=fresh_database()))
+        history = MongoHistory(
+            MongoSettings(url=shared_set().url, database=fresh_database(), publish_timeout=PATIENTLY)
+        )
     async with serving(settings(**WATCHED), history=history) as site:
         client = await Client.connected(site.url)
         for number in range(5):

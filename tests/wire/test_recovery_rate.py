@@ -291,11 +291,11 @@ async def test_readers_wait_in_line_as_others_do() -> None:
     """Event streams that come back, more than a second's, all get what they missed, one after the other."""
     history = PagesCounted()
     async with serving(limited(5, **PATIENT), history=history) as site:
-        channels = [f"chat:{number}" for number in range(12)]
+        channels = [f"chat:{number}" for number in range(24)]
         await _filled(site.url, channels)
         streams = await asyncio.gather(*(EventStream.open(site.port, _read_from(channel)) for channel in channels))
         assert all([await _caught_up_reader(stream) for stream in streams])
-        assert (history.pages, waits(site) >= 6) == (12, True)
+        assert (history.pages, waits(site) >= 6) == (24, True)
         for stream in streams:
             await stream.drop()
 
