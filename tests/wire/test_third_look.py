@@ -266,7 +266,7 @@ async def test_a_signal_while_it_starts_anew(tmp_path: Path) -> None:
     bot.write_text(BOT)
     pace = config(shutdown={"grace": "0s", "pace": 2, "timeout": "300s"})
     with Process(tmp_path, pace, "--app", str(bot), "--reload") as server:
-        clients = [await Client.connected(server.url) for _ in range(3)]
+        clients = [await Client.connected(server.url) for _ in range(8)]
         ends = [asyncio.create_task(client.closed()) for client in clients]
         bot.write_text(BOT + "# changed\n")
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
