@@ -372,6 +372,7 @@ addEventListener('keydown', (event) => {
   if (!control || !isForGame(event) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
   controls[control] = true;
+  if (control === 'fire' && !event.repeat) game.shoot(); // a tap may be over before the next step looks
 });
 addEventListener('keyup', (event) => {
   const control = KEYS[event.code];

@@ -75,8 +75,9 @@ CHROMIUM = (
 @pytest.fixture(scope="session")
 def browser(_one_loop: asyncio.AbstractEventLoop) -> "Iterator[Browser]":
     """One Chromium for all tests of pages: a start costs more than most tests, and visitors share nothing anyway."""
-    from playwright.async_api import async_playwright
+    from playwright.async_api import async_playwright, expect
 
+    expect.set_options(timeout=15_000)  # of 5 a shared machine may stand still for as many
     asyncio.set_event_loop(_one_loop)
     playwright = _one_loop.run_until_complete(async_playwright().start())
     program = next(filter(None, map(shutil.which, CHROMIUMS)), None)

@@ -17,6 +17,7 @@ from playwright.async_api import Browser, Page, WebSocketRoute, expect
 from support import OPEN, ROOT, Client, Process, config
 
 PATIENCE_MS = 15_000
+RETURN_MS = 60_000  # after an outage: the attempts to come back are up to 20 s apart
 UNREACHABLE = re.compile(r"^WebSocket connection to '[^']*' failed: ")
 READ = """items => items.map(item => ({
     name: item.querySelector('.name').textContent,
@@ -84,7 +85,7 @@ class Tab:
 
     async def is_live(self) -> None:
         """Wait until the page says that it is."""
-        await expect(self.page.locator("#what")).to_have_text("Live", timeout=PATIENCE_MS)
+        await expect(self.page.locator("#what")).to_have_text("Live", timeout=RETURN_MS)
 
     async def say(self, *texts: str) -> None:
         """Write messages as a person does, whether they can be sent or not."""
@@ -94,8 +95,8 @@ class Tab:
 
     async def shows(self, count: int) -> None:
         """Wait until exactly ``count`` messages of the room are there and none waits to be sent."""
-        await expect(self.page.locator("#messages .message")).to_have_count(count, timeout=PATIENCE_MS)
-        await expect(self.page.locator("#unsent li")).to_have_count(0, timeout=PATIENCE_MS)
+        await expect(self.page.locator("#messages .message")).to_have_count(count, timeout=RETURN_MS)
+        await expect(self.page.locator("#unsent li")).to_have_count(0, timeout=RETURN_MS)
 
     async def messages(self) -> list[dict[str, str]]:
         """What the page shows of each message, oldest first."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 from playwright.async_api import Browser, Page, WebSocketRoute, expect
 from support import Client, Process, config
-from test_chat import AWAY, AXE, CONTRAST, PATIENCE_MS, VIOLATIONS, WHERE, Tab, Visitors, kept, numbered
+from test_chat import AWAY, AXE, CONTRAST, PATIENCE_MS, RETURN_MS, VIOLATIONS, WHERE, Tab, Visitors, kept, numbered
 
 WAYS = {"websocket": "Live by WebSocket", "sse": "Live by SSE", "polling": "Live by polling"}
 """The choices, and what the page says of itself when it is connected so."""
@@ -42,7 +42,7 @@ async def switching(browser: Browser, url: str, *, outages: bool = False) -> Asy
 
 async def is_by(tab: Tab, way: str) -> None:
     """Wait until the page says that it is live on this way."""
-    await expect(tab.page.locator("#state span[role=status]")).to_have_text(WAYS[way], timeout=PATIENCE_MS)
+    await expect(tab.page.locator("#state span[role=status]")).to_have_text(WAYS[way], timeout=RETURN_MS)
 
 
 async def go_by(tab: Tab, way: str) -> None:

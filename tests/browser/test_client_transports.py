@@ -328,8 +328,7 @@ async def test_a_long_absence_is_caught_up_page_by_page(browser: Browser, server
 @pytest.mark.parametrize("way", WITHOUT)
 async def test_a_server_that_falls_silent(browser: Browser, tmp_path: Path, way: str) -> None:
     """A stream without pings (PROTOCOL 2.4) and a poll without an answer are given up, and made anew."""
-    quick = config(sse={"enabled": True}, client={"ping_interval": "1s", "pong_timeout": "500ms"})
-    with Process(tmp_path, quick) as process:
+    with Process(tmp_path, config(sse={"enabled": True})) as process:
         async with going(browser, process.http, outages=True) as script:
             await script.page.clock.install()
             await script.run("go(given).connect(); await watch(client.subscribe('chat:1'), 'chat').ready();", way)

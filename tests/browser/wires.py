@@ -3,6 +3,7 @@
 import asyncio
 from typing import Self
 
+from ports import free_port
 from relay import Relay, Streams
 
 
@@ -12,7 +13,7 @@ class Wire(Relay):
     def __init__(self, port: int) -> None:
         super().__init__()
         self._to = port
-        self._port = 0
+        self._port = free_port()  # it is ours while nobody listens on it, too
 
     @property
     def http(self) -> str:
@@ -26,7 +27,6 @@ class Wire(Relay):
     async def mend(self) -> None:
         """Carry connections, on the same port as before."""
         self._server = await asyncio.start_server(self.accept, "127.0.0.1", self._port)
-        self._port = self._server.sockets[0].getsockname()[1]
 
     async def __aenter__(self) -> Self:
         await self.mend()

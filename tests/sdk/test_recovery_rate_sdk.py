@@ -24,6 +24,8 @@ async def _come_back_all_the_time(site: Site, channel: str, enough: asyncio.Even
     while not enough.is_set():
         if "subscribe" in await client.call("subscribe", channel=channel, recover=True, offset=1):
             await client.ask("unsubscribe", channel=channel)
+        else:  # a command that succeeds: after a thousand refusals in a row it would be sent away
+            await client.ask("presence_stats", channel=channel)
     await client.close()
 
 
