@@ -26,7 +26,9 @@ from types import ModuleType
 import run
 from server import ordering, peers, testing
 from server import redis as redis_line
+from server.blocks import sqlite as blocks
 from server.broker import redis as broker
+from server.history import mongo_server
 from server.presence import lines
 from server.presence import redis as presence
 
@@ -41,6 +43,8 @@ LIMITS: tuple[tuple[ModuleType, str], ...] = (
     (broker, "OPEN_S"),
     (broker, "FOLLOW_S"),
     (broker, "STALE_S"),
+    (mongo_server, "OPEN_S"),
+    (blocks, "BUSY_S"),
     (presence, "PATIENCE_S"),
     (lines, "BATCH_S"),
     (ordering, "ORDER_PATIENCE_S"),

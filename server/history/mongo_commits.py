@@ -397,14 +397,15 @@ class Commits:
         what was announced is not there) puts that one in doubt, and no other.
         """
         beginnings: list[tuple[Document, Any]] = []
+        now_ms = self._places.now_ms
         for write in writes:
             view = views[write.channel]
             if view.end:
                 query: Document = {"_id": write.channel, "base": {"$lt": view.end}}
-                beginnings.append((query, after_end(view.end, random_epoch(), 0, 0)))
+                beginnings.append((query, after_end(view.end, random_epoch(), now_ms, now_ms)))
             elif view.state is not None and not view.alive:
                 query = {"_id": write.channel, "base": view.state.base, "epoch": ""}
-                beginnings.append((query, beginning(random_epoch())))
+                beginnings.append((query, beginning(random_epoch(), now_ms)))
         if beginnings:
             await self._server.update_each(CHANNELS, beginnings)
             names = [query["_id"] for query, _ in beginnings]

@@ -114,9 +114,10 @@ class Looks:
         absent = [write.channel for write in writes if write.channel not in states and not write.sent]
         views = await self._places.look([name for name in names if name in states]) if states else {}
         if absent:
+            now_ms = self._places.now_ms
             await self._server.update_each(
                 CHANNELS,
-                [({"_id": name}, {"$setOnInsert": new_channel(random_epoch())}) for name in absent],
+                [({"_id": name}, {"$setOnInsert": new_channel(random_epoch(), now_ms)}) for name in absent],
                 upsert=True,
             )
             made = await self._places.states(absent)

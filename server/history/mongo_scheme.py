@@ -319,9 +319,12 @@ def erasure(now_ms: int) -> Document:
     return {"$unset": {"pubs": ""}, "$max": {"due": now_ms + GUARD_MS}}
 
 
-def new_channel(epoch: str) -> Document:
-    """The document of a channel that nobody has published to, without its ``_id``."""
-    return {"epoch": epoch, "base": 0, "floor": 0, "erased": 0, "used": 0}
+def new_channel(epoch: str, now_ms: int) -> Document:
+    """The document of a channel that nobody has published to, without its ``_id``.
+
+    As every life it begins as used: its epoch may be told before its first commit is stored, and is no old one.
+    """
+    return {"epoch": epoch, "base": 0, "floor": 0, "erased": 0, "used": now_ms}
 
 
 def after_end(slot: int, epoch: str, used_ms: int, now_ms: int) -> Document:
@@ -330,6 +333,6 @@ def after_end(slot: int, epoch: str, used_ms: int, now_ms: int) -> Document:
     return {"$set": fields, "$unset": {"ended": ""}} if epoch else {"$set": {**fields, "ended": now_ms}}
 
 
-def beginning(epoch: str) -> Document:
+def beginning(epoch: str, now_ms: int) -> Document:
     """The update of a channel whose last life has ended, by which the next one begins."""
-    return {"$set": {"epoch": epoch}, "$unset": {"ended": ""}}
+    return {"$set": {"epoch": epoch, "used": now_ms}, "$unset": {"ended": ""}}
