@@ -28,7 +28,7 @@ export class Room {
   #page;
   #talk;
   #ears = [];
-  #visit = null; // one object for as long as it is open
+  #visit = null; // one object for as long as it is open; it `waits` when who is here is to be asked again
   #floorChannel;
   #floor = null;
   #floorEars = [];
@@ -119,22 +119,35 @@ export class Room {
     return [...this.#typing.values()];
   }
 
-  /** Ask who is here; where the floor cannot say, the room's own presence is the second best, and called what it is. */
+  /**
+   * Ask who is here; where the floor cannot say, the room's own presence is the second best, and called what it is.  Asked
+   * again while the answer is a temporary no, by one at a time, and after the connection by `#stepIn`.
+   */
   async refresh() {
     const visit = this.#visit;
     if (!visit) return;
     const since = new Map();
     this.#asking.add(since);
-    for (const channel of [this.#floorChannel, this.channel]) {
+    const channels = [this.#floorChannel, this.channel];
+    for (let attempt = 0; channels.length && visit === this.#visit; ) {
+      since.clear();
       try {
-        const here = await this.#client.presence(channel);
+        const here = await this.#client.presence(channels[0]);
         if (visit !== this.#visit) break;
         this.here = new Map(Object.entries(here));
         for (const [client, info] of since) this.#note(client, info); // which may have overtaken the answer
-        this.following = channel === this.channel;
+        this.following = channels[0] === this.channel;
         break;
-      } catch ({ code }) {
-        if (!LACKING.includes(code)) break; // it is asked again in a while
+      } catch ({ code, temporary }) {
+        if (LACKING.includes(code)) {
+          channels.shift();
+        } else if (temporary && !visit.waits && this.#client.state === 'connected') {
+          visit.waits = true;
+          await pause(backoff(attempt++));
+          visit.waits = false;
+        } else {
+          break; // it is asked again in a while
+        }
       }
     }
     this.#asking.delete(since);

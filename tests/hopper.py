@@ -130,18 +130,18 @@ class EventStream:
 
     @classmethod
     async def open(cls, port: int, path: str, headers: Mapping[str, str] | None = None, limit: int = 2**20) -> Self:
-        """Ask for a stream; whatever the answer is.  Raises ``Cut`` and ``OSError``."""
+        """Ask for a stream; whatever the answer is.  Raises ``Cut``, also for one that is not ours, and ``OSError``."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit)
         sent = {"Accept": "text/event-stream", **(headers or {})}
         writer.write(head_of("GET", path, sent))
         try:
             stream = cls(reader, writer, sent.get("Last-Event-ID", ""), *await read_head(reader))
+            if stream.status != 200:
+                stream.problem = await stream._read_problem()
+                await stream.drop()
         except BaseException:
             await vanish(writer)
             raise
-        if stream.status != 200:
-            stream.problem = json.loads(await reader.readexactly(int(stream.headers["content-length"])))
-            await stream.drop()
         return stream
 
     async def next(self) -> Event:
@@ -170,9 +170,23 @@ class EventStream:
         assert (await self.next()).kind == "id", "expected a stream to begin with its id"
         return self.last_id
 
+    async def _read_problem(self) -> Any:
+        """The problem document of a stream that is refused; what a proxy says in its own words is a ``Cut``."""
+        body = await self._whole(int(self.headers["content-length"]))
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise Cut(f"{self.status}: {body!r}") from None
+
+    async def _whole(self, length: int) -> bytes:
+        try:
+            return await self._reader.readexactly(length)
+        except (asyncio.IncompleteReadError, OSError):
+            raise Cut("a cut body") from None
+
     async def _pieces(self) -> AsyncIterator[bytes]:
         if length := int(self.headers.get("content-length", 0)):
-            yield await self._reader.readexactly(length)
+            yield await self._whole(length)
         else:
             async for chunk in read_chunks(self._reader):
                 yield chunk

@@ -376,6 +376,20 @@ class ReplicaSet:
             primary.command({"replSetStepDown": seconds, "secondaryCatchUpPeriodSecs": 2, "force": True})
         return primary
 
+    def drop(self, database: str) -> None:
+        """Drop a database, once more if the primary was lost over it."""
+        self._until(lambda: self._dropped(database), f"drop {database}")
+
+    def _dropped(self, database: str) -> bool:
+        primary = self._find_primary()
+        if primary is None:
+            return False
+        try:
+            primary.command({"dropDatabase": 1}, database=database)
+        except PyMongoError:
+            return False
+        return True
+
     def elect_after(self, silence_ms: int) -> None:
         """Have the members take another primary once theirs has said nothing for so long."""
         self._until(lambda: self._elects_after(silence_ms), "agree on its settings")

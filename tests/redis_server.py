@@ -36,6 +36,10 @@ PATIENCE_S = 30.0
 TILTED_S = 100.0
 """A Sentinel that stood still for two seconds trusts its clock no more, and does nothing for the next thirty (TILT)."""
 
+CALM_MS = 60_000
+"""After what silence those that are shared call one of them dead: nobody hurts them, but the machine that they share
+with others may stand still."""
+
 MASTER = "mymaster"
 SLOTS = 16384
 _numbers = itertools.count(1)
@@ -196,10 +200,12 @@ class RedisServer:
         return int(self.command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"))
 
 
-def wait_for_replica(server: RedisServer) -> None:
+def wait_for_replica(server: RedisServer, patience_s: float = PATIENCE_S) -> None:
     """Block until a replica has what its primary has, and hears what is new."""
     wait_until(
-        lambda: server.facts("INFO", "replication").get("master_link_status") == "up", f"{server} follows nobody"
+        lambda: server.facts("INFO", "replication").get("master_link_status") == "up",
+        f"{server} follows nobody",
+        patience_s,
     )
 
 
@@ -271,8 +277,15 @@ class Sentinels:
     def fail_over(self) -> None:
         """Have the Sentinels swap primary and replica, as an operator would."""
         before = self.primary()
-        wait_until(lambda: self._first_alive().command("SENTINEL", "FAILOVER", MASTER), "no replica is ready")
+        wait_until(lambda: self._failed_over(before), "no replica is ready", TILTED_S)
         self.wait_for_other_primary(before)
+
+    def _failed_over(self, before: RedisServer) -> bool:
+        """Is it done?  Else order it, again too: a Sentinel gives up what a TILT has kept it from for too long."""
+        if self.primary() is not before:
+            return True
+        self._first_alive().command("SENTINEL", "FAILOVER", MASTER)  # refused while one is under way
+        return False
 
     def lose_primary(self) -> RedisServer:
         """Kill the primary; returns it once the Sentinels have put the other one in its place."""
@@ -387,8 +400,8 @@ class RedisCluster:
         return str(server.command("CLUSTER", "MYID").decode())
 
     def owner(self, slot: int) -> RedisServer:
-        """The node that serves a slot."""
-        for server in self.servers:
+        """The node that serves a slot: a primary, or the replica that has taken its place."""
+        for server in self.everyone:
             if _owner_port(server, slot) == server.port:
                 return server
         raise AssertionError(f"nobody serves slot {slot}")
@@ -430,13 +443,19 @@ def shared_server() -> RedisServer:
 @cache
 def shared_sentinels() -> Sentinels:
     """Sentinels that serve the whole run; hurt them not."""
-    return _until_exit(Sentinels())
+    sentinels = _until_exit(Sentinels())
+    for sentinel in sentinels.sentinels:
+        sentinel.command("SENTINEL", "SET", MASTER, "down-after-milliseconds", CALM_MS)
+    return sentinels
 
 
 @cache
 def shared_cluster() -> RedisCluster:
     """A cluster that serves the whole run; hurt it not."""
-    return _until_exit(RedisCluster())
+    cluster = _until_exit(RedisCluster())
+    for server in cluster.servers:
+        server.command("CONFIG", "SET", "cluster-node-timeout", CALM_MS)
+    return cluster
 
 
 T = TypeVar("T", RedisServer, Sentinels, RedisCluster)

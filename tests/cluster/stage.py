@@ -48,6 +48,11 @@ async def asked_until(ask: Callable[[], Awaitable[T]], good: Callable[[T], bool]
             await asyncio.sleep(0.1)
 
 
+async def asked_again(ask: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """Ask, and as an SDK does again while the answer is error 100, which says to; raises ``TimeoutError``."""
+    return await asked_until(ask, lambda answer: answer.get("error", {}).get("code") != 100)
+
+
 class MemberProxy(Proxy):
     """A proxy before one member of a replica set, which tells a driver of the proxies and not of the members."""
 

@@ -31,9 +31,10 @@ if __name__ == "__main__":
 
 from crowd import ApiVoice, Listener, SocketVoice, World, call_api, chatter, last_words, race, write
 from mongod import ReplicaSet
+from patience import TICK_S
 from report import Disturbance, Figures, page, rows, slow, waits
 from schedule import KINDS, Planned, for_one, planned
-from stage import STREAMED, Place, Stage, staging
+from stage import STREAMED, Place, Stage, asked_again, staging
 from tornado.httpclient import HTTPClientError
 from verdict import Down, Fault, Kept, Leaves, Line, Vanished, judge, summary
 from wanderer import Wanderer
@@ -60,6 +61,9 @@ LAST_LOSS = 0.6
 
 SWEEP_S = 5.0
 
+STILL_S = 0.5
+"""When the loop's next turn is later than that, nobody could do anything."""
+
 PAGE = 1000
 
 
@@ -75,6 +79,27 @@ class Plan:
     writer_pause_s: float = 0.1
 
 
+class Clock:
+    """Seconds since the storm began; while the machine or this process stands still it goes on for ``STILL_S`` only.
+
+    It goes on between its ticks, unlike ``patience.Watch``: what is told of a storm is told in milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._s = 0.0
+        self._at = time.monotonic()
+
+    def __call__(self) -> float:
+        """What it says now."""
+        return self._s + min(time.monotonic() - self._at, STILL_S)
+
+    async def run(self) -> None:
+        """Go, until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._s, self._at = self(), time.monotonic()
+
+
 @dataclass
 class Storm:
     """One storm on its stage, from the first connection to the verdict."""
@@ -82,12 +107,11 @@ class Storm:
     plan: Plan
     stage: Stage
     say: Callable[[str], None]
+    clock: Clock
     disturbances: list[Disturbance] = field(default_factory=list)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    _began: float = 0.0
 
     def __post_init__(self) -> None:
-        self._began = time.monotonic()
         self.world = World(self.stage.places, Random(self.plan.seed), self.clock)
         self.world.notes.most_wait_s = PUBLISH_TIMEOUT_S + SLACK_S
         self.listeners: list[Listener] = []
@@ -96,10 +120,6 @@ class Storm:
         self._parts: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.under_way: dict[str, float] = {}
         """The kinds of fault that are under way, and since when."""
-
-    def clock(self) -> float:
-        """Seconds since the storm began."""
-        return time.monotonic() - self._began
 
     # --- the people -----------------------------------------------------------
     def gather(self) -> None:
@@ -296,7 +316,10 @@ async def read_all(place: Place, channel: str) -> Kept:
         body: dict[str, Any] = {"channel": channel, "limit": PAGE}
         if lines:
             body["since"] = {"offset": lines[-1].offset, "epoch": epoch}
-        answer = await call_api(place, "history", body)
+        try:
+            answer = await asked_again(lambda body=body: call_api(place, "history", body))  # type: ignore[misc]
+        except TimeoutError:
+            raise Unreadable(f"{channel} after everything was healed: put off again and again") from None
         if "result" not in answer:
             raise Unreadable(f"{channel} after everything was healed: {answer}")
         result = answer["result"]
@@ -318,14 +341,16 @@ async def storming(
     }
     config |= STREAMED
     async with staging(folder, replica_set, processes=plan.processes, **config) as stage:
-        storm = Storm(plan, stage, say)
+        clock = Clock()
+        storm = Storm(plan, stage, say, clock)
+        going = asyncio.create_task(clock.run(), name="clock")
         storm.gather()
         try:
             yield storm
         finally:
-            for task in [*storm._tasks, *storm.writers]:
+            for task in [going, *storm._tasks, *storm.writers]:
                 task.cancel()
-            await asyncio.gather(*storm._tasks, *storm.writers, return_exceptions=True)
+            await asyncio.gather(going, *storm._tasks, *storm.writers, return_exceptions=True)
 
 
 async def run(

@@ -5,15 +5,20 @@ from typing import Any
 
 from hopper import ask
 from mongod import shared_set
-from stage import Place, staging
+from stage import Place, asked_again, staging
 from support import SECRET, Client, Closed, token
 
 
 async def call(place: Place, method: str, **request: Any) -> Any:
-    """A call of the back-end API, successfully."""
-    reply = await ask(place.process.port, f"/api/{method}", body=request, headers={"X-API-Key": "api-key"})
-    assert "result" in reply.json, reply
-    return reply.json["result"]
+    """A call of the back-end API, as often as it is put off; successfully."""
+
+    async def once() -> dict[str, Any]:
+        reply = await ask(place.process.port, f"/api/{method}", body=request, headers={"X-API-Key": "api-key"})
+        return dict(reply.json)
+
+    answer = await asked_again(once)
+    assert "result" in answer, answer
+    return answer["result"]
 
 
 async def connected(place: Place, user: str) -> Client:

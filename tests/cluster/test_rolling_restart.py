@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from statistics import correlation
 
+import pytest
 from crowd import ApiVoice, SocketVoice, World, last_words, write
 from flock import Flock, Goodbye
 from mongod import fresh_database, shared_set
@@ -68,6 +69,7 @@ async def _places(folder: Path) -> AsyncIterator[list[Running]]:
         await asyncio.gather(*(asyncio.to_thread(place.process.kill) for place in places))
 
 
+@pytest.mark.timeout(seconds=400)  # alone it takes 45 s, and beside all the others three times as long
 async def test_a_rolling_restart_loses_nothing_and_keeps_the_pace(tmp_path: Path) -> None:
     """P2, P3, P9: everybody has each publication once and in order; goodbyes are 3001, by chance, never too fast."""
     began = time.monotonic()

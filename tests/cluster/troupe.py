@@ -18,7 +18,7 @@ from typing import Any, Self
 from balancer import Balancer, listening
 from mongod import fresh_database, shared_set
 from redis_server import shared_server
-from support import PATIENCE_S, SECRET, Process
+from support import PATIENCE_S, PATIENTLY, SECRET, Process
 
 from server.settings import TRY_OUT
 
@@ -34,7 +34,8 @@ class Troupe:
     def __init__(self, folder: Path, config: Mapping[str, Any] | None = None, *arguments: str) -> None:
         database = fresh_database()
         shared: dict[str, Any] = dict(config) if config is not None else _open()
-        shared["mongo"] = {"url": shared_set().url, "database": database}
+        patient = {"publish_timeout": PATIENTLY, **shared.get("mongo", {})}
+        shared["mongo"] = {**patient, "url": shared_set().url, "database": database}
         shared["redis"] = {"url": shared_server().url, "prefix": database}
         self.folder = folder
         self.processes = []

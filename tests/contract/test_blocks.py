@@ -50,17 +50,15 @@ def new_database() -> str:
 def _databases() -> Iterator[None]:
     """Drops what the test has made: the more databases there are, the slower every one becomes."""
     yield
-    if DATABASES:
-        with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
-            while DATABASES:
-                client.drop_database(DATABASES.pop())
+    while DATABASES:
+        shared_set().drop(DATABASES.pop())
 
 
-def mongo(driver: str, publish_timeout: str = PATIENTLY) -> Callable[[Path], Callable[[], Blocks]]:
+def mongo(driver: str) -> Callable[[Path], Callable[[], Blocks]]:
     """Blocks in one database of the shared replica set."""
 
     def place(folder: Path) -> Callable[[], Blocks]:
-        options: Any = {"url": shared_set().url, "driver": driver, "publish_timeout": publish_timeout}
+        options: Any = {"url": shared_set().url, "driver": driver, "publish_timeout": PATIENTLY}
         settings = MongoSettings(database=new_database(), **options)
         return lambda: MongoBlocks(settings)
 
@@ -255,6 +253,7 @@ async def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         await SqliteBlocks(newer).open()
 
 
+@pytest.mark.usefixtures("as_in_service")
 async def test_a_locked_file_is_a_fault_that_passes(tmp_path: Path) -> None:
     """Another program that writes makes a change ``Unavailable``; when it is done, changes are made again."""
     async with Opened(lambda: SqliteBlocks(tmp_path / "blocks"), 1) as (blocks,):
@@ -280,15 +279,20 @@ async def test_a_document_that_is_not_ours_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("driver", ["motor", "pymongo"])
-async def test_a_cut_is_an_unknown_outcome_and_the_same_change_again_is_harmless(driver: str) -> None:
+async def test_a_cut_is_an_unknown_outcome_and_the_same_change_again_is_harmless(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that cuts each attempt makes a change ``Unavailable``; made again it holds once."""
     with disturbing(shared_set()) as replica_set:
-        async with Opened(mongo(driver, "6s")(Path()), 2) as (here, there):  # it waits for a third of that
+        async with Opened(mongo(driver)(Path()), 2) as (here, there):
+            assert isinstance(here, MongoBlocks)
             await here.change("ann", adding(Block("chat:1")), NOW_MS)
             member = await asyncio.to_thread(replica_set.primary)
             await asyncio.to_thread(lambda: member.fail("update", times=100_000, closeConnection=True))
-            with pytest.raises(Unavailable):
-                await here.change("ann", adding(Block()), NOW_MS)
+            with monkeypatch.context() as hurried:
+                hurried.setattr(here._server, "attempt_s", 2.0)
+                with pytest.raises(Unavailable):
+                    await here.change("ann", adding(Block()), NOW_MS)
             await asyncio.to_thread(member.fail_no_more)
             record = await here.change("ann", adding(Block()), NOW_MS)
             assert record.blocks == (Block("chat:1"), Block())

@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pymongo
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,10 +90,8 @@ def _databases() -> Iterator[None]:
 
 def drop_databases() -> None:
     """Drop what the places stood for."""
-    if DATABASES:
-        with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
-            while DATABASES:
-                client.drop_database(DATABASES.popitem()[1])
+    while DATABASES:
+        shared_set().drop(DATABASES.popitem()[1])
 
 
 class Kind(NamedTuple):

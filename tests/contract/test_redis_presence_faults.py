@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from conftest import ExpectedLog
 from patience import awake, impatient
-from redis_server import RedisCluster, RedisServer, Sentinels, shared_cluster, shared_server, unique_prefix
+from redis_server import (
+    TILTED_S,
+    RedisCluster,
+    RedisServer,
+    Sentinels,
+    shared_cluster,
+    shared_server,
+    unique_prefix,
+    wait_for_replica,
+)
 from test_presence import ANN, BOB, LEASE_S, MOMENT_S, NOW, RedisPlace, sweep_all
 
 from server.errors import Unavailable
@@ -181,9 +190,9 @@ async def test_clocks_that_differ_change_nothing() -> None:
             assert await presence.renew(now) is True
             assert await presence.stats("c", now) == (len(skews), 1)
         place = RedisPlace([shared_server()], settings.prefix)
-        await place.pass_time(14)
+        await place.pass_time(8)
         await presences[0].renew(clocks[0])
-        await place.pass_time(2)
+        await place.pass_time(8)
         assert set(await presences[0].members("c", clocks[0])) == {"a0"}
         assert len(await presences[0].sweep(clocks[0])) == len(skews) - 1
     finally:
@@ -665,7 +674,9 @@ async def test_a_primary_that_was_set_aside() -> None:
             held = [(f"c{number % 5}", info) for number, info in enumerate(crowd(20))]
             keepers = [Keeper(presence, held[number::2]) for number, presence in enumerate(presences)]
             assert await _kept(keepers, held)
+            before = sentinels.primary()
             await asyncio.to_thread(sentinels.fail_over)
+            await asyncio.to_thread(wait_for_replica, before, TILTED_S)  # it is set aside seconds later
             await until(lambda: _kept(keepers, held))
             await presences[0].add("new", ANN)
             assert await presences[1].members("new", NOW) == {"a1": ANN}

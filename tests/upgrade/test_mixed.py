@@ -1,11 +1,12 @@
 """Processes that do not understand one another, since one of them is of another version: for a while, in an update."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from conftest import ExpectedLog
 from redis_server import shared_server, unique_prefix
-from support import Client, Site, serving, settings
+from support import PATIENCE_S, Client, Site, serving, settings
 
 from server.broker.redis import VERSION, RedisBroker
 from server.history.memory import Log, MemoryHistory
@@ -50,6 +51,9 @@ async def test_kept_channels_miss_nothing(log: ExpectedLog) -> None:
                 found = await client.publications("chat:1", 10)
                 assert [one["data"] for one in found] == [[round_, number] for number in range(10)]
                 assert [one["offset"] for one in found] == list(range(round_ * 10 + 1, round_ * 10 + 11))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(log.seen("broker.unreadable")) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)  # a log tells nobody that something was written to it
     told = [str(fields["why"]) for fields in log.seen("broker.unreadable")]
     assert len(told) == 2, "each said it once, whatever came"
     for spoken, understood in ((VERSION, VERSION + 1), (VERSION + 1, VERSION)):

@@ -23,7 +23,7 @@ from first_release import CHANNELS, FOLDER, LONG_MS, NOW, TEN, dump, read, resto
 from hopper import ask
 from mongod import fresh_database, shared_set
 from pymongo.database import Database
-from support import OPEN, PATIENCE_S, ROOT, Client, Process, config
+from support import OPEN, PATIENCE_S, PATIENTLY, ROOT, Client, Process, config
 
 from server.blocks import Blocks, Record, lifting
 from server.blocks.mongo import MongoBlocks
@@ -122,7 +122,9 @@ class DatabaseStore(Store):
     @property
     def settings(self) -> dict[str, Any]:
         """See ``Store.settings``."""
-        return {"mongo": {"url": shared_set().url, "database": self.database.name}}
+        return {
+            "mongo": {"url": shared_set().url, "database": self.database.name, "publish_timeout": PATIENTLY},
+        }
 
     def history(self) -> History:
         """See ``Store.history``."""
@@ -147,7 +149,7 @@ def database_store() -> Iterator[DatabaseStore]:
     with pymongo.MongoClient[dict[str, Any]](shared_set().url, w="majority") as client:
         database = client[fresh_database()]
         yield DatabaseStore(database)
-        client.drop_database(database.name)
+        shared_set().drop(database.name)
 
 
 @pytest.fixture(params=["file", "database"])

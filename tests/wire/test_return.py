@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pymongo
 import pytest
 from mongod import fresh_database, shared_set
 from support import PATIENTLY, Client, serving
@@ -95,8 +94,7 @@ def made(kind: str) -> Iterator[History]:
     database = fresh_database()
     options: dict[str, Any] = {"url": shared_set().url, "database": database, "publish_timeout": PATIENTLY}
     yield MongoHistory(MongoSettings.model_validate(options))
-    with pymongo.MongoClient[dict[str, Any]](shared_set().url) as client:
-        client.drop_database(database)
+    shared_set().drop(database)
 
 
 @pytest.mark.parametrize("kind", ["memory", "mongo"])
