@@ -51,6 +51,7 @@ from pymongo.errors import (
     ConfigurationError,
     DuplicateKeyError,
     InvalidURI,
+    NotPrimaryError,
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
@@ -336,6 +337,8 @@ class MongoServer:
                 "acknowledged; start it with --replSet and call rs.initiate() (one member is enough)"
             )
         if not hello.get("isWritablePrimary"):
+            if self._options.get("directconnection", "").lower() != "true":
+                raise NotPrimaryError(f"{address} is no primary any more")  # it was when the driver chose it
             raise _Wrong(
                 f"mongo.url: expected the replica set {hello['setName']!r}, only its secondary {address} is asked; "
                 "leave out directConnection, and name all members"

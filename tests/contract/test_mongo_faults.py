@@ -25,12 +25,14 @@ from patience import awake, impatient
 from ports import free_port
 from proxy import Proxy
 from pymongo.database import Database
+from pymongo.errors import NotPrimaryError
 
 from server.errors import Refused, Unavailable
 from server.history import QUEUE_PUBLICATIONS, Appended, Draft, Version, mongo_places
 from server.history.mongo import MongoHistory
 from server.history.mongo_looks import LOOKED_AT
 from server.history.mongo_scheme import GUARD_MS, TRUST_S, commit_document, pack
+from server.history.mongo_server import MongoServer
 from server.history.mongo_sweep import ERASE_RECORDS, ERASE_STEPS
 from server.settings import MongoSettings
 from server.stream import Page, Position, Publication, Retention
@@ -1036,6 +1038,13 @@ async def test_only_a_secondary() -> None:
     assert said.startswith("mongo.url: ")
     assert "secondary" in said
     assert "directConnection" in said
+
+
+def test_a_primary_that_is_deposed_while_it_is_asked() -> None:
+    """What answers as a secondary where the driver may choose is an election that passes, and no fault of the URL."""
+    server = MongoServer(MongoSettings(url=shared_set().url))
+    with pytest.raises(NotPrimaryError):
+        server._judge(shared_set().secondaries()[0].hello())
 
 
 async def test_a_set_without_a_primary() -> None:
