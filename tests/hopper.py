@@ -449,19 +449,20 @@ class Hopper:
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
 
+async def publish_once(port: Callable[[], int], channel: str, data: Any, key: str) -> None:
+    """Publish by REST until it is acknowledged, at whatever ``port`` is the right one then; it is there once."""
+    while True:
+        with suppress(OSError, Cut, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                path = f"/v1/channels/{quote(channel, safe='')}/publications"
+                reply = await ask(port(), path, headers={"Idempotency-Key": key}, body={"data": data})
+            if reply.status == 201:
+                return
+        await asyncio.sleep(0.02)  # as above
+
+
 async def publish_all(ports: Callable[[], Sequence[int]], channel: str, count: int, dice: random.Random) -> list[Any]:
     """Publish ``count`` numbered values by REST, each until it is acknowledged; returns them in order."""
     for number in range(count):
-        while True:
-            with suppress(OSError, Cut, TimeoutError):
-                async with asyncio.timeout(PATIENCE_S):
-                    reply = await ask(
-                        dice.choice(ports()),
-                        f"/v1/channels/{quote(channel, safe='')}/publications",
-                        headers={"Idempotency-Key": f"number-{number}"},
-                        body={"data": number},
-                    )
-                if reply.status == 201:
-                    break
-            await asyncio.sleep(0.02)  # as above
+        await publish_once(lambda: dice.choice(ports()), channel, number, f"number-{number}")
     return list(range(count))

@@ -6,13 +6,14 @@ import json
 import re
 import signal
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hopper import publish_once
 from playwright.async_api import Browser, Page, WebSocketRoute, expect
 from support import OPEN, ROOT, Client, Process, config
 
@@ -195,6 +196,12 @@ def order(process: Process, method: str, **request: Any) -> None:
     )
     with urllib.request.urlopen(call) as answer:
         assert json.load(answer) == {"result": {}}
+
+
+async def grace_said(process: Process, room: str, texts: Iterable[str]) -> None:
+    """Have messages in a room that no page has sent, each once."""
+    for text in texts:
+        await publish_once(lambda: process.port, f"chat:{room}", {"name": "Grace", "text": text}, text)
 
 
 def numbered(word: str, count: int) -> list[str]:
@@ -384,10 +391,7 @@ async def test_history_that_is_gone(browser: Browser, tmp_path: Path) -> None:
 
 async def test_only_the_last_of_a_long_history(browser: Browser, open_server: Process) -> None:
     """The first load shows the last 50 messages, in order, and the newest is in view."""
-    raw = await Client.connected(open_server.url)
-    for text in numbered("message", 70):
-        await raw.ask("publish", channel="chat:long", data={"name": "Grace", "text": text})
-    await raw.close()
+    await grace_said(open_server, "long", numbered("message", 70))
     async with visiting(browser, open_server.http) as visitors:
         ada = await visitors.tab("Ada", room="long")
         await ada.shows(50)
@@ -626,9 +630,7 @@ async def test_links_are_safe(browser: Browser, open_server: Process) -> None:
 
 async def test_back_to_the_beginning(browser: Browser, open_server: Process) -> None:
     """Scrolling up brings page after page until the first message; what is in view stays where it is."""
-    raw = await Client.connected(open_server.url)
-    for number in range(1, 231):
-        await raw.ask("publish", channel="chat:back", data={"name": "Grace", "text": f"message {number}"})
+    await grace_said(open_server, "back", numbered("message", 230))
     async with visiting(browser, open_server.http) as visitors:
         ada = await visitors.tab("Ada", room="back")
         await ada.shows(50)
@@ -645,14 +647,13 @@ async def test_back_to_the_beginning(browser: Browser, open_server: Process) -> 
             await expect(was_oldest).to_be_in_viewport()
         await expect(ada.page.locator("#beginning")).to_have_text("This is where the room begins.")
         await expect(ada.page.locator("#older")).to_be_hidden()
-        await raw.ask("publish", channel="chat:back", data={"name": "Grace", "text": "message 231"})
+        await grace_said(open_server, "back", ["message 231"])
         await expect(ada.page.locator("#down")).to_have_text("1 new")
         assert await ada.texts() == numbered("message", 231)
         await ada.page.click("#down")
         await expect(ada.page.locator(".message").last).to_be_in_viewport()
         await expect(ada.page.locator("#down")).to_be_hidden()
         assert await ada.messages() == await kept(open_server, "back")
-    await raw.close()
 
 
 async def test_unread_elsewhere(browser: Browser, open_server: Process) -> None:

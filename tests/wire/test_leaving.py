@@ -223,10 +223,8 @@ async def test_nobody_is_answered_by_a_server_without_its_history(tmp_path: Path
         clients = [await Client.connected(server.url) for _ in range(10)]
         await clients[0].ask("publish", channel="chat:a", data=1)
         bodies: list[tuple[int, bytes]] = []
-        told = 0
 
         async def press(request: bytes) -> None:
-            nonlocal told
             with suppress(OSError, Cut):  # it listens no more, or was closed before it read this
                 while True:
                     async with kept(server.port) as one:
@@ -235,17 +233,20 @@ async def test_nobody_is_answered_by_a_server_without_its_history(tmp_path: Path
                             status, headers, body = await one.ask(request)
                             bodies.append((status, body))
                             going_on = headers.get("connection") != "close"
-                        told += 1
 
-        pressing = [asyncio.create_task(press(request)) for request in (READ, HISTORY) * 4]
-        while len(bodies) < 20:
-            await clients[0].ask("presence_stats", channel="chat:a")
-        server.send(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE_S):
-            await asyncio.gather(*pressing)
+        async with kept(server.port) as pausing:
+            assert (await pausing.ask(READ))[0] == 200
+            pressing = [asyncio.create_task(press(request)) for request in (READ, HISTORY) * 4]
+            while len(bodies) < 20:
+                await clients[0].ask("presence_stats", channel="chat:a")
+            server.send(signal.SIGTERM)
+            await asyncio.wait([asyncio.create_task(one.closed()) for one in clients], return_when=FIRST_COMPLETED)
+            status, headers, _ = await pausing.ask(READ)
+            assert (status, headers["connection"]) == (200, "close")
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.gather(*pressing)
         server.send(signal.SIGTERM)  # the others need not be waited for
         assert await _end(server) == 0
-        assert told > 0
         assert {status for status, _ in bodies} == {200}
         assert not [body for _, body in bodies if b'"error"' in body]
 
