@@ -43,8 +43,8 @@ by destruction alone, never by a publication.  ``_id`` is the channel's name.
 * ``floor``: the slot up to which everything is gone; always the end of a document.
   *A document counts only if it begins above it*, whatever it holds.
 * ``erased``: the slot up to which the sweep has erased what is gone.
-* ``used``: Unix ms of the newest publication that is gone, from which an empty
-  channel's meta TTL counts.
+* ``used``: Unix ms of the newest publication that is gone, or of the life's beginning
+  if none is, from which an empty channel's meta TTL counts.
 * ``version``: as in the log, the last one up to the floor.  Missing if there is none.
 * ``ended``: Unix ms when the last life ended; missing while it lives.
 
