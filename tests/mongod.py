@@ -377,36 +377,34 @@ class ReplicaSet:
         return primary
 
     def drop(self, database: str) -> None:
-        """Drop a database, once more if the primary was lost over it."""
-        self._until(lambda: self._dropped(database), f"drop {database}")
-
-    def _dropped(self, database: str) -> bool:
-        primary = self._find_primary()
-        if primary is None:
-            return False
-        try:
-            primary.command({"dropDatabase": 1}, database=database)
-        except PyMongoError:
-            return False
-        return True
+        """Drop a database."""
+        self._insist(lambda primary: primary.command({"dropDatabase": 1}, database=database), f"drop {database}")
 
     def elect_after(self, silence_ms: int) -> None:
         """Have the members take another primary once theirs has said nothing for so long."""
-        self._until(lambda: self._elects_after(silence_ms), "agree on its settings")
 
-    def _elects_after(self, silence_ms: int) -> bool:
-        primary = self._find_primary()
-        if primary is None:
-            return False
-        try:
+        def agree(primary: Member) -> None:
             config = primary.command({"replSetGetConfig": 1})["config"]
-            if config["settings"]["electionTimeoutMillis"] != silence_ms:
-                config["settings"]["electionTimeoutMillis"] = silence_ms
-                config["version"] += 1
-                primary.command({"replSetReconfig": config})  # answered when a majority has it
-        except PyMongoError:
-            return False
-        return True
+            config["settings"]["electionTimeoutMillis"] = silence_ms
+            config["version"] += 1
+            primary.command({"replSetReconfig": config})  # answered when a majority has it
+
+        self._insist(agree, "agree on its settings")
+
+    def _insist(self, work: Callable[[Member], object], what: str) -> None:
+        """Do something with the primary, which does no harm twice: again if that is lost over it."""
+
+        def done() -> bool:
+            primary = self._find_primary()
+            if primary is None:
+                return False
+            try:
+                work(primary)
+            except PyMongoError:
+                return False
+            return True
+
+        self._until(done, what)
 
     def _find_primary(self) -> Member | None:
         found = [(member, member.hello()) for member in self.members]
